@@ -1,0 +1,184 @@
+"""The frozen records that flow through the pipeline.
+
+Orientation everywhere: weights are (out_features, in_features), activations (..., in_features).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+SCALE_BITS = 16
+FLOAT_BITS = 16
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def row_words(n_codes: int, bits: int) -> int:
+    """32-bit words that one row of `n_codes` codes of `bits` bits fills.
+
+    >>> row_words(576, 3), row_words(33, 3)
+    (54, 4)
+    """
+    return -(-n_codes * bits // WORD_BITS)
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How one linear is stored: `bits` per code, a scale (and a zero) per `group_size` inputs.
+
+    `bits` 16 means "left as a 16-bit float"; its group size is 0. A group size that does not
+    divide in_features leaves a shorter last group; one at least in_features means one per row.
+    """
+
+    bits: int
+    group_size: int = 64
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits == FLOAT_BITS:
+            object.__setattr__(self, "group_size", 0)
+            object.__setattr__(self, "symmetric", False)
+        elif self.bits not in WIDTHS:
+            raise ValueError(f"bits={self.bits} is not one of {(*WIDTHS, FLOAT_BITS)}")
+        elif self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} must be at least 1")
+
+    @property
+    def is_float(self) -> bool:
+        return self.bits == FLOAT_BITS
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    def label(self) -> str:
+        """A short name, and the key of this scheme in JSON files.
+
+        >>> QuantScheme(3).label, QuantScheme(4, 128, symmetric=True).label, QuantScheme(16).label
+        ('3b-g64', '4b-g128-sym', '16b')
+        """
+        if self.is_float:
+            return f"{FLOAT_BITS}b"
+        return f"{self.bits}b-g{self.group_size}" + ("-sym" if self.symmetric else "")
+
+    @classmethod
+    def parse(cls, label: str) -> QuantScheme:
+        """The scheme that `label` names; ValueError where it names none.
+
+        >>> QuantScheme.parse("3b-g64") == QuantScheme(3, 64)
+        True
+        """
+        if label == f"{FLOAT_BITS}b":
+            return cls(FLOAT_BITS)
+        match = re.fullmatch(r"(\d+)b-g(\d+)(-sym)?", label)
+        if match is None:
+            raise ValueError(f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym' or '16b'")
+        return cls(int(match[1]), int(match[2]), match[3] is not None)
+
+    def n_groups(self, in_features: int) -> int:
+        return 0 if self.is_float else -(-in_features // self.group_size)
+
+    def stored_bits(self, out_features: int, in_features: int) -> int:
+        """Every bit this scheme writes for one weight: padded code rows, scales, packed zeros.
+
+        >>> QuantScheme(3, 64).stored_bits(576, 576) / (576 * 576)
+        3.296875
+        """
+        if self.is_float:
+            return FLOAT_BITS * out_features * in_features
+        n_groups = self.n_groups(in_features)
+        codes = out_features * row_words(in_features, self.bits) * WORD_BITS
+        scales = out_features * n_groups * SCALE_BITS
+        zeros = 0 if self.symmetric else n_groups * row_words(out_features, self.bits) * WORD_BITS
+        return codes + scales + zeros
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One quantizable projection: where it is and how large."""
+
+    name: str  # module path in the transformers model, e.g. "model.layers.3.mlp.up_proj"
+    block: int
+    out_features: int
+    in_features: int
+    input_group: int  # linears of a block with the same number read the same input tensor
+
+    @property
+    def role(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def n_weights(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes and their grid, device- and kernel-agnostic: w ≈ (codes − zeros) · scales."""
+
+    scheme: QuantScheme
+    codes: Tensor  # (out_features, in_features) uint8
+    scales: Tensor  # (out_features, n_groups) float16
+    zeros: Tensor  # (out_features, n_groups) uint8, whole code values
+
+    def dequantize(self) -> Tensor:
+        """The weight the kernels compute with, (out_features, in_features) float32."""
+        in_features = self.codes.shape[1]
+        expand = torch.arange(in_features, device=self.codes.device) // self.scheme.group_size
+        steps = self.codes.float() - self.zeros.float()[:, expand]
+        return steps * self.scales.float()[:, expand]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Fixed windows of tokens and how to make them again."""
+
+    tokens: Tensor  # (n_samples, seq_len) int64
+    source: str
+    sha256: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What the data says about one linear's input; sums over tokens, never divided."""
+
+    hessian: Tensor  # (in_features, in_features) float32: Σ x̂ x̂ᵀ on the quantized stream
+    drift: Tensor | None  # (in_features, in_features) float32: Σ (x − x̂) x̂ᵀ, None if not asked for
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """Cost of storing each linear in each scheme; additive estimates of the model's loss."""
+
+    linears: tuple[LinearSpec, ...]
+    schemes: tuple[QuantScheme, ...]
+    costs: Tensor  # (n_linears, n_schemes) float64, lower is better
+    metric: Mapping[str, object]  # {"name": ..., settings}
+    model: str = ""
+    calibration: Mapping[str, object] = field(default_factory=dict)
+    scores: tuple[float, ...] | None = None  # per block, larger is more important (ranked metrics)
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """The scheme chosen for every linear."""
+
+    schemes: Mapping[str, QuantScheme]
+    bpw: float  # true stored bits per weight of the linears
+    costs: Mapping[str, float] = field(default_factory=dict)  # predicted cost of each choice
+    allocator: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def plan_bpw(schemes: Mapping[str, QuantScheme], linears: tuple[LinearSpec, ...]) -> float:
+    """Stored bits of all linears under `schemes`, per weight."""
+    bits = sum(schemes[s.name].stored_bits(s.out_features, s.in_features) for s in linears)
+    return bits / sum(s.n_weights for s in linears)
