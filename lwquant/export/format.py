@@ -1,0 +1,133 @@
+"""The on-disk format, version 1: tensor names and the `quantization_config` of config.json.
+
+A quantized linear `name` is stored as
+    name.qweight  int32    (out_features, row_words(in_features, bits))  codes, row by row
+    name.scales   float16  (out_features, n_groups)
+    name.zeros    int32    (n_groups, row_words(out_features, bits))     absent when symmetric
+and `name.bias` as it was. A linear left at 16 bits keeps `name.weight`. Names are module paths of
+the transformers model. No other file makes up these names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lwquant.ops  # noqa: F401  (declares torch.ops.lwquant)
+from lwquant.errors import CheckpointError
+from lwquant.types import FLOAT_BITS, QuantizedWeight, QuantScheme, row_words
+
+QUANT_METHOD = "lwquant"
+FORMAT_VERSION = 1
+
+_CONFIG_KEYS = {"quant_method", "version", "bpw", "linears"}
+_LINEAR_KEYS = {"bits", "group_size", "symmetric"}
+
+
+def quantization_config(schemes: Mapping[str, QuantScheme], bpw: float) -> dict[str, Any]:
+    """What config.json says about the quantization; `parse_quantization_config` reads it back."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": FORMAT_VERSION,
+        "bpw": bpw,
+        "linears": {
+            name: {"bits": s.bits, "group_size": s.group_size, "symmetric": s.symmetric}
+            for name, s in schemes.items()
+        },
+    }
+
+
+def parse_quantization_config(config: Mapping[str, Any]) -> tuple[dict[str, QuantScheme], float]:
+    """The scheme of every linear, and the stored bits per weight.
+
+    Raises CheckpointError for another method or version, for keys that are missing or unknown, and
+    for widths or group sizes that no scheme has.
+    """
+    if config.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"quantization_config: quant_method={config.get('quant_method')!r} is not "
+            f"{QUANT_METHOD!r}"
+        )
+    version = config.get("version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise CheckpointError(
+            f"quantization_config: version={version!r} is not {FORMAT_VERSION}, the only one that "
+            "this lwquant reads"
+        )
+    _check_keys("quantization_config", config, _CONFIG_KEYS)
+    bpw, linears = config["bpw"], config["linears"]
+    if not _is_number(bpw) or not (math.isfinite(bpw) and bpw > 0):
+        raise CheckpointError(f"quantization_config: bpw={bpw!r} is not a positive number")
+    if not isinstance(linears, Mapping) or not linears:
+        raise CheckpointError("quantization_config: linears names no linear")
+    return {name: _parse_linear(name, entry) for name, entry in linears.items()}, float(bpw)
+
+
+def tensors_of(name: str, quantized: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything stored for one quantized linear, its bias aside.
+
+    Raises ValueError where a symmetric weight has a zero off the middle of the codes.
+    """
+    scheme = quantized.scheme
+    middle = 2 ** (scheme.bits - 1)
+    if scheme.symmetric and not bool((quantized.zeros == middle).all()):
+        raise ValueError(f"{name}: a symmetric scheme stores no zeros, so all must be {middle}")
+    pack = torch.ops.lwquant.pack
+    yield f"{name}.qweight", pack(quantized.codes.contiguous(), scheme.bits)
+    yield f"{name}.scales", quantized.scales.contiguous()
+    if not scheme.symmetric:
+        yield f"{name}.zeros", pack(quantized.zeros.T.contiguous(), scheme.bits)
+
+
+def layout_of(
+    name: str, out_features: int, in_features: int, scheme: QuantScheme
+) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+    """Dtype and shape of the tensors that `tensors_of` yields; none for a linear at 16 bits.
+
+    >>> for tensor, layout in layout_of("up", 8, 96, QuantScheme(3, 64)).items():
+    ...     print(tensor, *layout)
+    up.qweight torch.int32 (8, 9)
+    up.scales torch.float16 (8, 2)
+    up.zeros torch.int32 (2, 1)
+    """
+    if scheme.is_float:
+        return {}
+    n_groups = scheme.n_groups(in_features)
+    layout = {
+        f"{name}.qweight": (torch.int32, (out_features, row_words(in_features, scheme.bits))),
+        f"{name}.scales": (torch.float16, (out_features, n_groups)),
+    }
+    if not scheme.symmetric:
+        layout[f"{name}.zeros"] = (torch.int32, (n_groups, row_words(out_features, scheme.bits)))
+    return layout
+
+
+def _parse_linear(name: str, entry: Any) -> QuantScheme:
+    where = f"quantization_config: linear {name!r}"
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(f"{where} is {entry!r}, not an object")
+    _check_keys(where, entry, _LINEAR_KEYS)
+    bits, group_size, symmetric = entry["bits"], entry["group_size"], entry["symmetric"]
+    if not (type(bits) is int and type(group_size) is int and type(symmetric) is bool):
+        raise CheckpointError(f"{where}: {dict(entry)} does not hold an int, an int and a bool")
+    if bits == FLOAT_BITS and (group_size, symmetric) != (0, False):
+        raise CheckpointError(f"{where}: 16 bits have no groups, got {dict(entry)}")
+    try:
+        return QuantScheme(bits, group_size, symmetric)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _check_keys(where: str, found: Mapping[str, Any], known: set[str]) -> None:
+    if missing := sorted(known - set(found)):
+        raise CheckpointError(f"{where} lacks {', '.join(missing)}")
+    if unknown := sorted(map(str, set(found) - known)):
+        raise CheckpointError(f"{where} has unknown keys: {', '.join(unknown)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

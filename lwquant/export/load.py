@@ -1,0 +1,142 @@
+"""Lets `from_pretrained` of transformers load folders in lwquant's format, packed as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lwquant.errors import CheckpointError
+from lwquant.export.format import (
+    QUANT_METHOD,
+    layout_of,
+    parse_quantization_config,
+    quantization_config,
+)
+from lwquant.model.safetensors_header import TensorEntry, read_header
+from lwquant.nn.linear import QuantizedLinear
+from lwquant.nn.replace import features_of, find_linear, replace_linears
+from lwquant.types import QuantScheme
+
+# Dtype (None: whatever the checkpoint had) and shape of one tensor in a file.
+Layout = tuple[torch.dtype | None, tuple[int, ...]]
+
+
+class LwquantConfig(QuantizationConfigMixin):
+    """The `quantization_config` of config.json as transformers carries it on `model.config`."""
+
+    quant_method = QUANT_METHOD
+
+    def __init__(self, schemes: Mapping[str, QuantScheme], bpw: float) -> None:
+        self.schemes = dict(schemes)
+        self.bpw = bpw
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        config = cls(*parse_quantization_config(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return quantization_config(self.schemes, self.bpw)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+
+class LwquantQuantizer(HfQuantizer):
+    """What `from_pretrained` calls before and after it fills the model."""
+
+    # With this set, transformers refuses a LwquantConfig for a model that is not quantized yet.
+    requires_calibration = True
+    quantization_config: LwquantConfig
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Swap the linears on meta, and compare what they need with what the files hold."""
+        if not checkpoint_files or not all(f.endswith(".safetensors") for f in checkpoint_files):
+            raise CheckpointError("a model quantized by lwquant is loaded from safetensors files")
+        found: dict[str, TensorEntry] = {}
+        for file in checkpoint_files:
+            found |= read_header(Path(file)).tensors
+        needed = needed_tensors(model, self.quantization_config.schemes)
+        for one, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            # Of two tied weights the file needs only one.
+            needed.pop(one if other in found else other, None)
+        check_tensors(needed, found)
+        replace_linears(model, self.quantization_config.schemes)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear) and module.scales.dtype != torch.float16:
+                # An architecture may ask for some modules in float32 by name. The scales were
+                # float16 in the file, so this narrowing is exact.
+                module.scales = module.scales.half()
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def needed_tensors(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> dict[str, Layout]:
+    """What the files must hold to fill `model` once its linears are replaced.
+
+    Raises CheckpointError for a scheme whose name is no linear of the model.
+    """
+    needed: dict[str, Layout] = {
+        name: (None, tuple(tensor.shape)) for name, tensor in model.state_dict().items()
+    }
+    for name, scheme in schemes.items():
+        packed = layout_of(name, *features_of(find_linear(model, name)), scheme)
+        if packed:
+            del needed[f"{name}.weight"]
+        needed |= packed
+    return needed
+
+
+def check_tensors(needed: Mapping[str, Layout], found: Mapping[str, TensorEntry]) -> None:
+    """Raise CheckpointError for tensors that are missing, or the first of another layout.
+
+    Left to itself, transformers fills a missing tensor at random with no more than a warning.
+    """
+    if missing := [name for name in needed if name not in found]:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"tensor {missing[0]!r} is missing{more}")
+    for name, (dtype, shape) in needed.items():
+        entry = found[name]
+        if entry.shape != shape or dtype not in (None, entry.dtype):
+            raise CheckpointError(
+                f"tensor {name!r} is {entry.dtype} {entry.shape}, "
+                f"the model needs {dtype or 'a float'} {shape}"
+            )
+
+
+def register() -> None:
+    """Make `quant_method: lwquant` known to transformers; calling it again changes nothing."""
+    if AUTO_QUANTIZATION_CONFIG_MAPPING.get(QUANT_METHOD) is not LwquantConfig:
+        register_quantization_config(QUANT_METHOD)(LwquantConfig)
+    if AUTO_QUANTIZER_MAPPING.get(QUANT_METHOD) is not LwquantQuantizer:
+        register_quantizer(QUANT_METHOD)(LwquantQuantizer)
+
+
+register()

@@ -1,0 +1,152 @@
+"""Writes a quantized model as a transformers folder, one linear at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lwquant.errors import OutputError
+from lwquant.export.format import quantization_config, tensors_of
+from lwquant.export.shards import ShardWriter
+from lwquant.model.checkpoint import WeightSource
+from lwquant.model.model_folder import member
+from lwquant.nn.replace import find_linear
+from lwquant.types import FLOAT_BITS, LinearSpec, QuantizedWeight, QuantScheme
+
+MAX_SHARD_BYTES = 4 * 10**9
+
+# Everything beside the weights that transformers reads for a text model. A list of what may be
+# copied, so that no code (*.py), pickle (*.bin, *.pt) or second set of weights ever travels along.
+CARRIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+
+
+class ModelWriter:
+    """Takes linears as they are quantized, then everything else from the checkpoint.
+
+    Args:
+        folder: where the model goes; it must exist.
+        checkpoint: the model that is being quantized.
+        linears: every linear that will be handed to `linear`.
+        model: the architecture, its weights may be on meta. Tensors are stored under the names
+            in its state dict, whatever prefix the checkpoint uses: another prefix loads too, but
+            transformers 5.17 then ignores the `dtype` argument for renamed tensors.
+        key_of: the checkpoint's name of a model parameter, None where it has none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: WeightSource,
+        linears: Iterable[LinearSpec],
+        model: nn.Module,
+        key_of: Callable[[str], str | None],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        self._folder = folder
+        self._checkpoint = checkpoint
+        self._model = model
+        self._shards = ShardWriter(folder, max_shard_bytes)
+        self._names = {key: name for name in model.state_dict() if (key := key_of(name))}
+        self._missing = {spec.name for spec in linears}
+        self._weights = {f"{name}.weight" for name in self._missing}
+        self._written: dict[str, QuantScheme] = {}
+
+    def linear(self, spec: LinearSpec, weight: QuantizedWeight | Tensor) -> None:
+        """Write one linear: quantized, or float16/bfloat16 (out_features, in_features).
+
+        Raises OutputError for a linear that is unknown or already written, and ValueError for a
+        weight of another shape or dtype.
+        """
+        if spec.name not in self._missing:
+            state = "already written" if spec.name in self._written else "not one of the linears"
+            raise OutputError(f"{spec.name!r} is {state}")
+        shape = (weight.codes if isinstance(weight, QuantizedWeight) else weight).shape
+        if shape != (spec.out_features, spec.in_features):
+            raise ValueError(
+                f"{spec.name}: weight is {tuple(shape)}, the linear "
+                f"{(spec.out_features, spec.in_features)}"
+            )
+        if isinstance(weight, QuantizedWeight):
+            for name, tensor in tensors_of(spec.name, weight):
+                self._shards.add(name, tensor.cpu())
+            self._written[spec.name] = weight.scheme
+        else:
+            self._shards.add(f"{spec.name}.weight", self._as_stored(spec.name, weight))
+            self._written[spec.name] = QuantScheme(FLOAT_BITS)
+        self._missing.remove(spec.name)
+
+    def finish(self, schemes: Mapping[str, QuantScheme], bpw: float, extra_files_from: Path) -> int:
+        """Write all that is left and return the bytes of all tensors.
+
+        The checkpoint's other tensors follow unchanged, then config.json, then the tokenizer's
+        files and generation_config.json of `extra_files_from`. Raises OutputError when a linear
+        is missing or was written in another scheme than `schemes` says.
+        """
+        if self._missing:
+            raise OutputError(
+                f"{len(self._missing)} linears were not written: {min(self._missing)!r}"
+            )
+        for name in sorted({*self._written, *schemes}):
+            planned, written = schemes.get(name), self._written.get(name)
+            if planned != written:
+                raise OutputError(f"{name!r} is planned as {planned} and was written as {written}")
+        for key in self._checkpoint.names():
+            name = self._names.get(key, key)
+            if name not in self._weights:
+                self._shards.add(name, self._checkpoint.read(key))
+        size = self._shards.finish()
+        self._write_config(schemes, bpw)
+        copy_extra_files(extra_files_from, self._folder)
+        return size
+
+    def _as_stored(self, name: str, weight: Tensor) -> Tensor:
+        """A 16-bit weight in its module's own orientation."""
+        if weight.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"{name}: {weight.dtype} is not a 16-bit float")
+        transposed = isinstance(find_linear(self._model, name), Conv1D)
+        return (weight.T if transposed else weight).contiguous().cpu()
+
+    def _write_config(self, schemes: Mapping[str, QuantScheme], bpw: float) -> None:
+        config = dict(self._checkpoint.config)
+        if not {"dtype", "torch_dtype"} & config.keys():
+            # Without it dtype="auto" takes the dtype of the first float in the file: our scales.
+            key = next(key for key, name in self._names.items() if name in self._weights)
+            config["dtype"] = str(self._checkpoint.dtype(key)).removeprefix("torch.")
+        config["quantization_config"] = quantization_config(schemes, bpw)
+        path = self._folder / "config.json"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_extra_files(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and generation files of one model folder into another.
+
+    Raises CheckpointError for a link that leaves the source folder.
+    """
+    for pattern in CARRIED_FILES:
+        for path in sorted(source.glob(pattern)):
+            relative = path.relative_to(source)
+            target = folder / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(member(source, relative.as_posix()), target)

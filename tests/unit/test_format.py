@@ -1,0 +1,132 @@
+"""The config of the on-disk format, and the tensors of one linear."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lwquant.errors import CheckpointError
+from lwquant.export.format import (
+    layout_of,
+    parse_quantization_config,
+    quantization_config,
+    tensors_of,
+)
+from lwquant.types import WIDTHS, QuantizedWeight, QuantScheme
+
+SCHEMES = {
+    "model.layers.0.q_proj": QuantScheme(3, 64),
+    "model.layers.0.k_proj": QuantScheme(4, 128, symmetric=True),
+    "model.layers.0.v_proj": QuantScheme(16),
+}
+
+
+def random_weight(scheme: QuantScheme, out_features: int, in_features: int) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(scheme.bits)
+    groups = (out_features, scheme.n_groups(in_features))
+
+    def codes(shape: tuple[int, int]) -> torch.Tensor:
+        return torch.randint(2**scheme.bits, shape, generator=generator, dtype=torch.uint8)
+
+    middle = torch.full(groups, 2 ** (scheme.bits - 1), dtype=torch.uint8)
+    return QuantizedWeight(
+        scheme,
+        codes((out_features, in_features)),
+        torch.rand(groups, generator=generator).half(),
+        middle if scheme.symmetric else codes(groups),
+    )
+
+
+def test_the_config_survives_json_and_parsing():
+    config = json.loads(json.dumps(quantization_config(SCHEMES, 3.625)))
+    assert parse_quantization_config(config) == (SCHEMES, 3.625)
+
+
+def test_the_config_is_spelled_as_version_1():
+    assert quantization_config(SCHEMES, 3.5) == {
+        "quant_method": "lwquant",
+        "version": 1,
+        "bpw": 3.5,
+        "linears": {
+            "model.layers.0.q_proj": {"bits": 3, "group_size": 64, "symmetric": False},
+            "model.layers.0.k_proj": {"bits": 4, "group_size": 128, "symmetric": True},
+            "model.layers.0.v_proj": {"bits": 16, "group_size": 0, "symmetric": False},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "gptq"}, "quant_method='gptq' is not 'lwquant'"),
+        ({"version": 2}, "version=2 is not 1"),
+        ({"version": True}, "version=True is not 1"),
+        ({"version": "1"}, "version='1' is not 1"),
+        ({"desc_act": True}, "unknown keys: desc_act"),
+        ({"bpw": "3.5"}, "bpw='3.5' is not a positive number"),
+        ({"bpw": float("nan")}, "bpw=nan is not a positive number"),
+        ({"bpw": True}, "bpw=True is not a positive number"),
+        ({"linears": {}}, "linears names no linear"),
+        ({"linears": []}, "linears names no linear"),
+    ],
+)
+def test_a_config_that_is_not_version_1_is_refused(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        parse_quantization_config(quantization_config(SCHEMES, 3.5) | change)
+
+
+@pytest.mark.parametrize("key", ["quant_method", "version", "bpw", "linears"])
+def test_a_config_that_lacks_a_key_is_refused_by_its_name(key):
+    config = quantization_config(SCHEMES, 3.5)
+    del config[key]
+    with pytest.raises(CheckpointError, match=key):
+        parse_quantization_config(config)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (4, "is 4, not an object"),
+        ({"bits": 4, "group_size": 64}, "lacks symmetric"),
+        ({"bits": 4, "group_size": 64, "symmetric": False, "zp": 1}, "unknown keys: zp"),
+        ({"bits": 9, "group_size": 64, "symmetric": False}, "bits=9"),
+        ({"bits": 1, "group_size": 64, "symmetric": False}, "bits=1"),
+        ({"bits": 4, "group_size": 0, "symmetric": False}, "group_size=0"),
+        ({"bits": 4.0, "group_size": 64, "symmetric": False}, "an int, an int and a bool"),
+        ({"bits": 4, "group_size": True, "symmetric": False}, "an int, an int and a bool"),
+        ({"bits": 4, "group_size": 64, "symmetric": 0}, "an int, an int and a bool"),
+        ({"bits": 16, "group_size": 64, "symmetric": False}, "16 bits have no groups"),
+    ],
+)
+def test_a_linear_that_no_scheme_describes_is_refused_by_its_name(entry, message):
+    config = quantization_config(SCHEMES, 3.5)
+    config["linears"]["model.layers.0.up"] = entry
+    with pytest.raises(CheckpointError, match=f"'model.layers.0.up'.*{message}"):
+        parse_quantization_config(config)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_tensors_have_the_stated_layout_and_exactly_the_stored_bits(bits, symmetric):
+    scheme = QuantScheme(bits, 48, symmetric)
+    tensors = dict(tensors_of("up", random_weight(scheme, 33, 100)))
+    layout = layout_of("up", 33, 100, scheme)
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == layout
+    assert 8 * sum(t.nbytes for t in tensors.values()) == scheme.stored_bits(33, 100)
+
+
+def test_code_k_of_a_row_sits_at_bit_k_times_bits_of_its_little_endian_stream():
+    weight = random_weight(QuantScheme(3, 48), 33, 100)
+    tensors = dict(tensors_of("up", weight))
+    for stored, codes in (("up.qweight", weight.codes), ("up.zeros", weight.zeros.T)):
+        stream = int.from_bytes(tensors[stored][1].numpy().tobytes(), "little")
+        assert [stream >> 3 * k & 7 for k in range(codes.shape[1])] == codes[1].tolist()
+
+
+def test_a_symmetric_weight_with_a_zero_off_the_middle_is_refused():
+    weight = random_weight(QuantScheme(4, 48, symmetric=True), 33, 100)
+    weight.zeros[5, 1] = 7
+    with pytest.raises(ValueError, match="up.*all must be 8"):
+        list(tensors_of("up", weight))
