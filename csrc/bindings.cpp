@@ -1,4 +1,134 @@
-// Python bindings of the CPU kernels.
-#include <nanobind/nanobind.h>
+// Python bindings. Tensors cross as addresses with their sizes; every size is checked here against
+// the others before a pointer is followed, and the GIL is released while the kernels run.
+#include "kernels.h"
 
-NB_MODULE(_kernels, m) { m.def("isa", [] { return "reference"; }); }
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace nb = nanobind;
+using Address = uintptr_t;  // of the first element of a contiguous CPU tensor; 0: no such tensor
+
+namespace lwquant {
+namespace {
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+void require_size(const char* name, int64_t size, int64_t expected) {
+  require(size == expected, std::string(name) + " has " + std::to_string(size) + ", expected " +
+                                std::to_string(expected));
+}
+
+void require_bits(int64_t bits) {
+  require(bits >= 2 && bits <= 8, "bits=" + std::to_string(bits) + " is not in 2..8");
+}
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Weight make_weight(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
+                   Address scales, int64_t n_groups, Address zeros, int64_t zero_words,
+                   Address bias, int64_t bits, int64_t group_size) {
+  require_bits(bits);
+  require(in_features >= 1 && out_features >= 1, "a layer without inputs or outputs");
+  require(group_size >= 1, "group_size=" + std::to_string(group_size) + " is less than 1");
+  group_size = group_size < in_features ? group_size : in_features;
+  require_size("words of a row of codes", n_words, row_words(in_features, bits));
+  require_size("groups", n_groups, (in_features + group_size - 1) / group_size);
+  if (zeros) {
+    require_size("words of a row of zeros", zero_words, row_words(out_features, bits));
+  }
+  require(codes && scales, "no address for codes or scales");
+  return {pointer<const int32_t>(codes), pointer<const uint16_t>(scales),
+          pointer<const int32_t>(zeros), pointer<const float>(bias), static_cast<int>(bits),
+          group_size, in_features, out_features, n_groups, n_words, zero_words};
+}
+
+void bind_linear(Address x, int64_t n_tokens, Address codes, int64_t out_features, int64_t n_words,
+                 int64_t in_features, Address scales, int64_t n_groups, Address zeros,
+                 int64_t zero_words, Address bias, int64_t bits, int64_t group_size,
+                 int64_t n_threads, Address y) {
+  const Weight w = make_weight(codes, out_features, n_words, in_features, scales, n_groups, zeros,
+                               zero_words, bias, bits, group_size);
+  require(n_tokens >= 0 && n_threads >= 1, "negative tokens or no threads");
+  if (n_tokens == 0) return;
+  require(x && y, "no address for x or y");
+  linear(w, pointer<const float>(x), n_tokens, static_cast<int>(n_threads), pointer<float>(y));
+}
+
+void bind_dequantize(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
+                     Address scales, int64_t n_groups, Address zeros, int64_t zero_words,
+                     int64_t bits, int64_t group_size, int64_t row, int64_t n_rows,
+                     int64_t n_threads, Address out) {
+  const Weight w = make_weight(codes, out_features, n_words, in_features, scales, n_groups, zeros,
+                               zero_words, 0, bits, group_size);
+  require(row >= 0 && n_rows >= 0 && row + n_rows <= out_features && n_threads >= 1,
+          "rows outside the layer, or no threads");
+  if (n_rows == 0) return;
+  require(out, "no address for the result");
+  dequantize(w, row, n_rows, static_cast<int>(n_threads), pointer<float>(out));
+}
+
+void bind_pack(Address codes, int64_t rows, int64_t n_codes, int64_t bits, Address words) {
+  require_bits(bits);
+  require(rows >= 0 && n_codes >= 0, "negative shape");
+  const int64_t n_words = row_words(n_codes, static_cast<int>(bits));
+  if (rows * n_codes == 0) return;
+  require(codes && words, "no address for codes or words");
+  for (int64_t row = 0; row < rows; ++row) {
+    pack_row(static_cast<int>(bits), pointer<const uint8_t>(codes) + row * n_codes, n_codes,
+             pointer<int32_t>(words) + row * n_words);
+  }
+}
+
+void bind_unpack(Address words, int64_t rows, int64_t n_words, int64_t bits, int64_t n_codes,
+                 Address codes) {
+  require_bits(bits);
+  require(rows >= 0 && n_codes >= 0, "negative shape");
+  require_size("words of a row", n_words, row_words(n_codes, static_cast<int>(bits)));
+  if (rows * n_codes == 0) return;
+  require(codes && words, "no address for codes or words");
+  const Isa& isa = current_isa();
+  for (int64_t row = 0; row < rows; ++row) {
+    isa.unpack_row(static_cast<int>(bits), pointer<const int32_t>(words) + row * n_words, n_codes,
+                   pointer<uint8_t>(codes) + row * n_codes);
+  }
+}
+
+std::vector<std::string> isa_names() {
+  const Isa* found[8];
+  const int n = available_isas(found, 8);
+  std::vector<std::string> names;
+  for (int i = 0; i < n; ++i) names.emplace_back(found[i]->name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  if (select_isa(name.c_str())) return;
+  std::string message = "isa '" + name + "' is not one this machine has:";
+  for (const std::string& known : isa_names()) message += " " + known;
+  throw std::invalid_argument(message);
+}
+
+}  // namespace
+}  // namespace lwquant
+
+NB_MODULE(_kernels, m) {
+  using namespace lwquant;
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  m.def("linear", bind_linear, Unlocked());
+  m.def("dequantize", bind_dequantize, Unlocked());
+  m.def("pack", bind_pack, Unlocked());
+  m.def("unpack", bind_unpack, Unlocked());
+  m.def("isa", [] { return std::string(current_isa().name); });
+  m.def("available_isas", isa_names);
+  m.def("set_isa", set_isa);
+}

@@ -1,0 +1,58 @@
+// The plain meaning of a stored layer in float32: any group size, any machine.
+#include "kernels.h"
+
+#include <string.h>
+
+namespace lwquant {
+
+float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t exponent = (half >> 10) & 31u;
+  const uint32_t mantissa = half & 0x3ffu;
+  uint32_t bits;
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24, exact in float32
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    memcpy(&bits, &magnitude, sizeof bits);
+  } else if (exponent == 31) {  // infinity or NaN
+    bits = 0x7f800000u | mantissa << 13;
+  } else {
+    bits = (exponent + 127 - 15) << 23 | mantissa << 13;
+  }
+  bits |= sign;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+void dequantize_row(const Isa& isa, const Weight& w, int64_t row, uint8_t* codes, float* out) {
+  isa.unpack_row(w.bits, w.codes + row * w.row_words, w.in_features, codes);
+  for (int64_t group = 0; group < w.n_groups; ++group) {
+    const int64_t start = group * w.group_size;
+    const int64_t end = start + w.group_size;
+    const int64_t stop = end < w.in_features ? end : w.in_features;
+    const float scale = half_to_float(w.scales[row * w.n_groups + group]);
+    const int zero = w.zeros ? code_at(w.bits, w.zeros + group * w.zero_words, row)
+                             : 1 << (w.bits - 1);
+    for (int64_t k = start; k < stop; ++k) {
+      out[k] = static_cast<float>(static_cast<int>(codes[k]) - zero) * scale;
+    }
+  }
+}
+
+float dot(const float* a, const float* b, int64_t n) {
+  constexpr int kLanes = 16;  // separate sums: the compiler may keep them in vectors
+  float sums[kLanes] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += a[k + lane] * b[k + lane];
+  }
+  for (int lane = 0; k < n; ++k, ++lane) sums[lane] += a[k] * b[k];
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return sums[0];
+}
+
+const Isa kReference = {"reference", unpack_row, nullptr};
+
+}  // namespace lwquant

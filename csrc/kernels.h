@@ -1,0 +1,90 @@
+// What the CPU kernels agree on: plain records and declarations, nothing inline.
+//
+// Each instruction set is one source file compiled with its own flags. An inline function or a
+// std template shared between them could be emitted with AVX-512 in it and then be picked by the
+// linker for all of them (one-definition rule), so this header holds only records and constants,
+// and those files include nothing else but the intrinsics.
+#pragma once
+#include <stdint.h>
+
+namespace lwquant {
+
+constexpr int kWordBits = 32;
+constexpr int kStep = 32;      // codes a kernel unpacks at once: exactly `bits` words of a row
+constexpr int kTileRows = 32;  // rows of one task: exactly `bits` words of a row of zeros
+// Steps that share one activation scale. 4 steps put 8 products of at most 255 * 32767 in a
+// 32-bit lane (AVX-512; 16 with AVX2), far from overflow.
+constexpr int kSpanSteps = 4;
+
+// One stored layer; the row streams are described in lwquant/ops/layout.py.
+struct Weight {
+  const int32_t* codes;    // (out_features, row_words)
+  const uint16_t* scales;  // (out_features, n_groups) float16 bits
+  const int32_t* zeros;    // (n_groups, zero_words), or null: every zero is 2^(bits-1)
+  const float* bias;       // (out_features), or null
+  int bits;
+  int64_t group_size;  // at most in_features
+  int64_t in_features;
+  int64_t out_features;
+  int64_t n_groups;
+  int64_t row_words;
+  int64_t zero_words;
+};
+
+// The input of one call and, for the integer kernels, its 16-bit form: x = q * span_scale.
+// A span is at most kSpanSteps steps of one group; groups start on a step.
+struct Activations {
+  const float* x;           // (n_tokens, in_features)
+  const int16_t* q;         // (n_tokens, n_steps * kStep), zero beyond in_features
+  const float* span_scale;  // (n_tokens, n_groups * spans_per_group)
+  const float* group_sum;   // (n_tokens, n_groups): the sum of q * span_scale over the group
+  int64_t n_tokens;
+  int64_t n_steps;
+  int64_t spans_per_group;
+};
+
+// One instruction set.
+struct Isa {
+  const char* name;
+  // n codes of one row stream -> n bytes. Reads ceil(n * bits / 32) words and no more.
+  void (*unpack_row)(int bits, const int32_t* words, int64_t n, uint8_t* codes);
+  // y[:, row : row + n_rows] for a tile that starts at a multiple of kTileRows.
+  // `scratch` has room for n_groups * kTileRows floats. Null: use the float kernel.
+  void (*linear_tile)(const Weight&, const Activations&, int64_t row, int64_t n_rows,
+                      float* scratch, float* y);
+};
+
+extern const Isa kReference;
+#ifdef LWQUANT_X86
+extern const Isa kAvx2;
+extern const Isa kAvx512Vnni;
+#endif
+
+// bits.cpp
+int64_t row_words(int64_t n_codes, int bits);
+void pack_row(int bits, const uint8_t* codes, int64_t n, int32_t* words);
+void unpack_row(int bits, const int32_t* words, int64_t n, uint8_t* codes);
+uint8_t code_at(int bits, const int32_t* words, int64_t index);
+
+// floats.cpp: the plain meaning, for any group size
+float half_to_float(uint16_t half);
+// One row as float32: (code - zero) * scale. `codes` has room for in_features bytes.
+void dequantize_row(const Isa&, const Weight&, int64_t row, uint8_t* codes, float* out);
+float dot(const float* a, const float* b, int64_t n);
+
+// activations.cpp: false when a value is NaN or infinite (then q means nothing)
+bool quantize_activations(const Weight&, const Activations&, int16_t* q, float* span_scale,
+                          float* group_sum);
+
+// dispatch.cpp
+int available_isas(const Isa** out, int capacity);  // best last; returns how many
+const Isa& current_isa();
+bool select_isa(const char* name);  // false: unknown, or not on this machine
+
+// linear.cpp: the host functions; shapes have been checked
+// y (n_tokens, out_features) = x Wᵀ + bias.
+void linear(const Weight&, const float* x, int64_t n_tokens, int n_threads, float* y);
+// out (n_rows, in_features): rows [row, row + n_rows) as float32.
+void dequantize(const Weight&, int64_t row, int64_t n_rows, int n_threads, float* out);
+
+}  // namespace lwquant

@@ -1,0 +1,42 @@
+# The compiled module (csrc/bindings.cpp): addresses of contiguous CPU tensors, and their sizes.
+
+def linear(
+    x: int,
+    n_tokens: int,
+    codes: int,
+    out_features: int,
+    n_words: int,
+    in_features: int,
+    scales: int,
+    n_groups: int,
+    zeros: int,
+    zero_words: int,
+    bias: int,
+    bits: int,
+    group_size: int,
+    n_threads: int,
+    y: int,
+    /,
+) -> None: ...
+def dequantize(
+    codes: int,
+    out_features: int,
+    n_words: int,
+    in_features: int,
+    scales: int,
+    n_groups: int,
+    zeros: int,
+    zero_words: int,
+    bits: int,
+    group_size: int,
+    row: int,
+    n_rows: int,
+    n_threads: int,
+    out: int,
+    /,
+) -> None: ...
+def pack(codes: int, rows: int, n_codes: int, bits: int, words: int, /) -> None: ...
+def unpack(words: int, rows: int, n_words: int, bits: int, n_codes: int, codes: int, /) -> None: ...
+def isa() -> str: ...
+def available_isas() -> list[str]: ...
+def set_isa(name: str, /) -> None: ...

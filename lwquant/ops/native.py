@@ -1,0 +1,194 @@
+"""The compiled CPU kernels behind tensors: allocate the result, pass addresses, keep no state.
+
+Shapes and dtypes have been checked by lwquant.ops.schema; the C++ side checks sizes once more.
+"""
+
+import functools
+import warnings
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lwquant.errors import LwquantError
+from lwquant.types import row_words
+
+# The extension is the one import that may be missing: without it everything works, slowly.
+try:
+    from lwquant.ops import _kernels as _found
+except ImportError:
+    _kernels: ModuleType | None = None
+else:
+    _kernels = _found
+
+# Beyond this many tokens a dense float32 matrix product over an unpacked panel is the faster way.
+MAX_KERNEL_TOKENS = 32
+PANEL_BYTES = 2**24  # of float32 weights that exist at one time
+
+
+class UncompiledWarning(UserWarning):
+    """The kernels are not compiled: correct results, much slower."""
+
+
+def compiled() -> bool:
+    """Whether the C++ kernels are there."""
+    return _kernels is not None
+
+
+def isa() -> str:
+    """The instruction set the kernels run on; "python" when nothing is compiled."""
+    return "python" if _kernels is None else _kernels.isa()
+
+
+def available_isas() -> tuple[str, ...]:
+    """What `set_isa` accepts on this machine, the fastest last."""
+    return ("python",) if _kernels is None else tuple(_kernels.available_isas())
+
+
+def set_isa(name: str) -> None:
+    """Run on another instruction set from now on, in the whole process; for tests and benchmarks."""
+    if name not in available_isas():
+        raise LwquantError(f"isa {name!r} is not one of {available_isas()}")
+    if _kernels is not None:
+        _kernels.set_isa(name)
+
+
+@functools.cache
+def warn_uncompiled() -> None:
+    """Say once that the slow path runs."""
+    message = "lwquant's C++ kernels are not compiled: quantized layers run in plain torch, slowly"
+    warnings.warn(message, UncompiledWarning, stacklevel=2)
+
+
+def pack_native(codes: Tensor, bits: int) -> Tensor:
+    rows, n_codes = codes.shape
+    codes = codes.contiguous()
+    words = torch.empty(rows, row_words(n_codes, bits), dtype=torch.int32)
+    _kernels.pack(codes.data_ptr(), rows, n_codes, bits, words.data_ptr())  # type: ignore[union-attr]
+    return words
+
+
+def unpack_native(packed: Tensor, bits: int, n_codes: int) -> Tensor:
+    rows, n_words = packed.shape
+    packed = packed.contiguous()
+    codes = torch.empty(rows, n_codes, dtype=torch.uint8)
+    _kernels.unpack(packed.data_ptr(), rows, n_words, bits, n_codes, codes.data_ptr())  # type: ignore[union-attr]
+    return codes
+
+
+def dequantize_native(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    out_features = qweight.shape[0]
+    out = torch.empty(out_features, in_features)
+    _dequantize_rows(
+        qweight.contiguous(),
+        scales.contiguous(),
+        None if zeros is None else zeros.contiguous(),
+        bits,
+        group_size,
+        0,
+        out,
+    )
+    return out
+
+
+def linear_native(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """As linear_reference. Differs from it by at most (README of this bound: test_ops_linear.py)
+
+    Σ over groups of |scale| · Σ|code − zero| · max|x| · 2⁻¹⁶, and float32 summation.
+    """
+    in_features = x.shape[-1]
+    out_features = qweight.shape[0]
+    # Copies only where the caller's tensor is not already flat, float32 and contiguous.
+    tokens = x.reshape(-1, in_features).to(torch.float32).contiguous()
+    qweight, scales = qweight.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    n_tokens = tokens.shape[0]
+    y = torch.empty(n_tokens, out_features)
+    if n_tokens > MAX_KERNEL_TOKENS:
+        _linear_panels(tokens, qweight, scales, zeros, bias, bits, group_size, y)
+    else:
+        _kernels.linear(  # type: ignore[union-attr]
+            tokens.data_ptr(),
+            n_tokens,
+            qweight.data_ptr(),
+            out_features,
+            qweight.shape[1],
+            in_features,
+            scales.data_ptr(),
+            scales.shape[1],
+            0 if zeros is None else zeros.data_ptr(),
+            0 if zeros is None else zeros.shape[1],
+            0 if bias is None else bias.data_ptr(),
+            bits,
+            group_size,
+            torch.get_num_threads(),
+            y.data_ptr(),
+        )
+    return y.view(*x.shape[:-1], out_features).to(x.dtype)
+
+
+def _linear_panels(
+    tokens: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    y: Tensor,
+) -> None:
+    """y (n_tokens, out_features), a panel of rows at a time."""
+    out_features, in_features = y.shape[1], tokens.shape[1]
+    n_rows = min(out_features, max(1, PANEL_BYTES // (4 * in_features)))
+    panel = torch.empty(n_rows, in_features)
+    for start in range(0, out_features, n_rows):
+        stop = min(start + n_rows, out_features)
+        weight = panel[: stop - start]
+        _dequantize_rows(qweight, scales, zeros, bits, group_size, start, weight)
+        part = None if bias is None else bias[start:stop]
+        y[:, start:stop] = F.linear(tokens, weight, part)
+
+
+def _dequantize_rows(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    row: int,
+    out: Tensor,
+) -> None:
+    """Rows [row, row + len(out)) of the weight into `out`, contiguous float32."""
+    _kernels.dequantize(  # type: ignore[union-attr]
+        qweight.data_ptr(),
+        qweight.shape[0],
+        qweight.shape[1],
+        out.shape[1],
+        scales.data_ptr(),
+        scales.shape[1],
+        0 if zeros is None else zeros.data_ptr(),
+        0 if zeros is None else zeros.shape[1],
+        bits,
+        group_size,
+        row,
+        out.shape[0],
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
