@@ -126,6 +126,7 @@ class QuantizedWeight:
     codes: Tensor  # (out_features, in_features) uint8
     scales: Tensor  # (out_features, n_groups) float16
     zeros: Tensor  # (out_features, n_groups) uint8, whole code values
+    notes: tuple[str, ...] = ()  # what the quantizer had to do out of the ordinary
 
     def dequantize(self) -> Tensor:
         """The weight the kernels compute with, (out_features, in_features) float32."""

@@ -1,0 +1,67 @@
+"""Calibration tokens: fixed windows cut from text, the same for the same seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwquant.errors import CalibrationError
+from lwquant.types import CalibrationSet
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """Tokens (n,) int64 of a whole text, no special tokens added."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def cut_windows(tokens: Tensor, n_windows: int, seq_len: int, seed: int, source: str) -> Tensor:
+    """`n_windows` of the text's non-overlapping windows, (n_windows, seq_len), drawn by seed.
+
+    Raises CalibrationError naming both lengths when the text has too few of them.
+    """
+    available = tokens.numel() // seq_len
+    if available < n_windows:
+        raise CalibrationError(
+            f"{source}: {tokens.numel()} tokens give {available} windows of {seq_len}, "
+            f"{n_windows} are needed"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(available, generator=generator)[:n_windows].sort().values
+    return tokens[: available * seq_len].view(available, seq_len)[chosen]
+
+
+def token_hash(tokens: Tensor) -> str:
+    """sha256 of the tokens as little-endian int64, with their shape."""
+    digest = hashlib.sha256(str(tuple(tokens.shape)).encode())
+    digest.update(tokens.cpu().contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def calibration_set(
+    texts: Sequence[tuple[str, str]], tokenizer: Any, *, n_samples: int, seq_len: int, seed: int
+) -> CalibrationSet:
+    """Windows from several texts in equal shares.
+
+    Args:
+        texts: (source name, text) pairs; earlier ones get the remainder of n_samples.
+
+    Raises CalibrationError for no text, an empty text, or one too short for its share.
+    """
+    if not texts:
+        raise CalibrationError("no calibration text was given")
+    parts = []
+    for position, (source, text) in enumerate(texts):
+        share = n_samples // len(texts) + (position < n_samples % len(texts))
+        if not text.strip():
+            raise CalibrationError(f"{source}: the text is empty")
+        parts.append(cut_windows(tokenize(text, tokenizer), share, seq_len, seed, source))
+    return from_tokens(torch.cat(parts), " + ".join(source for source, _ in texts), seed)
+
+
+def from_tokens(tokens: Tensor, source: str, seed: int) -> CalibrationSet:
+    return CalibrationSet(tokens, source, token_hash(tokens), seed)

@@ -1,0 +1,106 @@
+"""GPTQ: round input columns one by one and push each column's error onto the later ones.
+
+Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
+Pre-trained Transformers", arXiv:2210.17323, Algorithm 1 with lazy updates. The asymmetric term is
+from Li et al., "GPTAQ: Efficient Finetuning-Free Quantization with Asymmetric Calibration",
+arXiv:2504.02692.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lwquant.quantizers.grid import fit_grid
+from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
+
+LAZY_COLUMNS = 128  # columns whose updates are held back and applied as one matrix product
+MAX_DAMPING = 10.0
+
+
+def gptq(
+    weight: Tensor,
+    stats: LayerStats,
+    scheme: QuantScheme,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    search: bool = True,
+    asymmetry: float = 0.0,
+) -> QuantizedWeight:
+    """Quantize one linear so that its output error on the calibration inputs is small.
+
+    Grids are fitted once from the given weight (static groups), so act_order stores no permutation.
+
+    Args:
+        weight: (out_features, in_features).
+        stats: hessian (in_features, in_features); drift too when asymmetry is not 0.
+        damping: fraction of mean(diag(H)) added to the diagonal; multiplied by 10 for as long as
+            the Cholesky factorization fails, and then noted in the result.
+        act_order: columns of large activations first.
+        search: fit each group's range by squared error weighted with diag(H).
+        asymmetry: strength of GPTAQ's term, which aims at the output on the float model's inputs.
+
+    Raises ValueError when the Hessian stays indefinite up to MAX_DAMPING, or drift is missing.
+    """
+    hessian = stats.hessian.to(weight.device, torch.float32)
+    diagonal = hessian.diagonal()
+    grid = fit_grid(weight, scheme, diagonal if diagonal.any() else None, search=search)
+    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal))
+    order = order.to(weight.device)
+    upper, used = inverse_cholesky(hessian[order][:, order], damping)
+    pull = _asymmetric_pull(stats, order, upper, asymmetry) if asymmetry else None
+
+    work = weight.float()[:, order].clone()  # columns right of the current one carry the error
+    codes = torch.empty_like(work)
+    n_columns = work.shape[1]
+    expand = order // scheme.group_size
+    scales, zeros = grid.scales[:, expand], grid.zeros[:, expand]
+    for start in range(0, n_columns, LAZY_COLUMNS):
+        stop = min(start + LAZY_COLUMNS, n_columns)
+        block = work[:, start:stop].T.contiguous()  # one column is one contiguous row here
+        errors, targets = torch.empty_like(block), torch.empty_like(block)
+        for local, col in enumerate(range(start, stop)):
+            current = block[local]
+            steps = (current / scales[:, col] + zeros[:, col]).round_().clamp_(0, scheme.max_code)
+            codes[:, col] = steps
+            error = (current - (steps - zeros[:, col]) * scales[:, col]) / upper[col, col]
+            errors[local], targets[local] = error, current
+            if pull is not None:
+                block[local + 1 :] += torch.outer(pull[col, col + 1 : stop], current)
+            block[local + 1 :] -= torch.outer(upper[col, col + 1 : stop], error)
+        work[:, stop:] -= errors.T @ upper[start:stop, stop:]
+        if pull is not None:
+            work[:, stop:] += targets.T @ pull[start:stop, stop:]
+    codes = codes[:, torch.argsort(order)].byte()
+    notes = () if used == damping else (f"damping raised from {damping} to {used:g}",)
+    return QuantizedWeight(scheme, codes, grid.scales.half(), grid.zeros.byte(), notes)
+
+
+def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper Cholesky factor of (H + damping·mean(diag)·I)⁻¹, and the damping that worked."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    if not torch.isfinite(mean):
+        raise ValueError("the Hessian holds NaN or Inf")
+    if mean <= 0:
+        return torch.eye(len(diagonal), device=hessian.device), damping
+    identity = torch.eye(len(diagonal), device=hessian.device)
+    used = damping
+    while used <= MAX_DAMPING:
+        lower, info = torch.linalg.cholesky_ex(hessian + used * mean * identity)
+        if info == 0:
+            inverse = torch.cholesky_inverse(lower)
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            if info == 0:
+                return upper, used
+        used *= 10
+    raise ValueError(f"the Hessian is not positive definite even with damping {MAX_DAMPING}")
+
+
+def _asymmetric_pull(stats: LayerStats, order: Tensor, upper: Tensor, strength: float) -> Tensor:
+    """P of GPTAQ, (in_features, in_features) strictly upper triangular, in the given order."""
+    if stats.drift is None:
+        raise ValueError("asymmetry needs the drift between the two streams, which is missing")
+    drift = stats.drift.to(order.device, torch.float32)[order][:, order]
+    return strength * torch.triu(drift @ upper.T, diagonal=1) @ upper

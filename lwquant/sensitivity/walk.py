@@ -1,0 +1,69 @@
+"""The float model block by block, with the input statistics of every linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lwquant.capture.record import inputs_of
+from lwquant.capture.stats import StatsAccumulator
+from lwquant.model.decoder import Decoder
+from lwquant.model.structure import get_weight
+from lwquant.quantizers import Quantizer
+from lwquant.sequential import chunks
+from lwquant.types import LayerStats, LinearSpec, QuantScheme
+
+
+@dataclass(frozen=True)
+class BlockVisit:
+    """One loaded block of the float model on its way through the calibration tokens."""
+
+    index: int
+    block: nn.Module
+    linears: tuple[LinearSpec, ...]
+    inputs: Tensor  # (n_samples, seq_len, hidden)
+    outputs: Tensor  # (n_samples, seq_len, hidden)
+
+
+@torch.no_grad()
+def walk_blocks(decoder: Decoder, tokens: Tensor) -> Iterator[BlockVisit]:
+    """Visit the blocks in forward order; a block stays loaded until the next one is asked for."""
+    hidden = torch.cat([decoder.embed(row[None]) for row in tokens])
+    for index in range(decoder.n_blocks):
+        with decoder.loaded(index) as block:
+            output = torch.empty_like(hidden)
+            for rows in chunks(*hidden.shape[:2]):
+                output[rows] = decoder.run(index, block, hidden[rows])
+            yield BlockVisit(index, block, decoder.block_linears(index), hidden, output)
+        hidden = output
+
+
+@torch.no_grad()
+def block_stats(
+    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor
+) -> dict[int, LayerStats]:
+    """Statistics by input group of one block for its inputs (n_samples, seq_len, hidden)."""
+    first = {spec.input_group: spec for spec in reversed(decoder.block_linears(index))}
+    modules = {g: block.get_submodule(decoder.local_name(spec)) for g, spec in first.items()}
+    sums = {group: StatsAccumulator() for group in modules}
+    for rows in chunks(*hidden.shape[:2]):
+        caught = inputs_of(modules, lambda r=rows: decoder.run(index, block, hidden[r]))
+        for group, inputs in caught.items():
+            sums[group].add(inputs)
+    return {group: accumulator.result() for group, accumulator in sums.items()}
+
+
+@torch.no_grad()
+def weight_changes(
+    module: nn.Module, stats: LayerStats, schemes: Sequence[QuantScheme], quantizer: Quantizer
+) -> Tensor:
+    """Ŵ − W under each scheme, (n_schemes, out_features, in_features); zero for 16 bits."""
+    weight = get_weight(module)
+    changes = torch.zeros(len(schemes), *weight.shape, device=weight.device)
+    for position, scheme in enumerate(schemes):
+        if not scheme.is_float:
+            changes[position] = quantizer(weight, stats, scheme).dequantize() - weight
+    return changes
