@@ -157,7 +157,7 @@ def _raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, row-major, without a copy where it is contiguous and on the CPU."""
     # reshape first: viewing as bytes needs at least one dimension
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _header(order: list[_Spooled]) -> bytes:

@@ -24,6 +24,7 @@ from lwquant.model.safetensors_header import Header, TensorEntry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CHECKED_AT_ONCE = 2**20  # values; isfinite needs more memory than the values themselves
 SAMPLE_BYTES = 4096  # read at each end of every tensor for the fingerprint
 # Never *.bin or *.py: nothing that is downloaded can run.
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -205,12 +206,14 @@ def refuse_non_finite(tensor: Tensor, name: str, where: str) -> None:
     """CheckpointError with the count where a float tensor holds NaN or Inf."""
     if not tensor.is_floating_point():
         return
-    # isfinite knows no 8-bit floats
-    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    n_bad = values.numel() - int(torch.isfinite(values).sum())
+    n_bad = 0
+    for part in tensor.reshape(-1).split(CHECKED_AT_ONCE):
+        # isfinite knows no 8-bit floats
+        values = part.float() if part.dtype.itemsize == 1 else part
+        n_bad += values.numel() - int(torch.isfinite(values).sum())
     if n_bad:
         raise CheckpointError(
-            f"{where}: tensor {name!r} holds {n_bad} NaN or Inf among {values.numel()} values"
+            f"{where}: tensor {name!r} holds {n_bad} NaN or Inf among {tensor.numel()} values"
         )
 
 

@@ -1,0 +1,475 @@
+"""Opening and reading checkpoints: what is refused, with which words, and what is read."""
+
+import json
+import resource
+import tempfile
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+
+from lwquant.errors import CheckpointError
+from lwquant.model.checkpoint import Checkpoint, open_checkpoint, resolve
+from lwquant.model.safetensors_header import read_header
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "embed.weight": torch.randn(8, 4, generator=generator),
+        "layer.weight": torch.randn(4, 4, generator=generator).bfloat16(),
+        "mask": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(3.5),
+    }
+
+
+def single(folder: Path, content: dict[str, torch.Tensor] | None = None, **config: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    save_file(content or tensors(), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def sharded(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    parts = {FIRST: ["embed.weight", "mask"], SECOND: ["layer.weight", "scalar"]}
+    for file, names in parts.items():
+        save_file({name: tensors()[name] for name in names}, folder / file)
+    write_index(folder, {name: file for file, names in parts.items() for name in names})
+    return folder
+
+
+def raw(header: object, n_data: int) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(n_data)
+
+
+def claim(dtype: str, shape: list, start: int, stop: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+# ---------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("layout", [single, sharded])
+def test_every_tensor_is_read_as_stored(layout, tmp_path):
+    checkpoint = open_checkpoint(layout(tmp_path))
+    assert sorted(checkpoint.names()) == sorted(tensors())
+    for name, expected in tensors().items():
+        got = checkpoint.read(name)
+        assert checkpoint.shape(name) == tuple(expected.shape)
+        assert checkpoint.dtype(name) == got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+    weight_files = tmp_path.glob("*.safetensors")
+    assert checkpoint.size_bytes == sum(file.stat().st_size for file in weight_files)
+    assert checkpoint.config == CONFIG
+
+
+def test_changing_a_tensor_in_place_leaves_the_file_alone(tmp_path):
+    checkpoint = Checkpoint.open(single(tmp_path))
+    checkpoint.read("embed.weight").zero_()
+    assert torch.equal(checkpoint.read("embed.weight"), tensors()["embed.weight"])
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_reading_all_tensors_one_by_one_keeps_none_of_them_resident(tmp_path):
+    size = 2**24
+    content = {f"w{i}": torch.full((size // 4,), float(i)) for i in range(8)}
+    checkpoint = Checkpoint.open(single(tmp_path, content))
+    del content
+    checkpoint.read("w0")
+    before, peak = resident_bytes(), 0
+    for name in checkpoint.names():
+        tensor = checkpoint.read(name)
+        peak = max(peak, resident_bytes() - before)
+        del tensor
+    assert peak < 2 * size  # one tensor and a part of its mask; the file holds eight
+    assert resident_bytes() - before < size
+
+
+def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
+    first = Checkpoint.open(single(tmp_path / "a")).fingerprint()
+    assert Checkpoint.open(single(tmp_path / "b")).fingerprint() == first
+
+
+@pytest.mark.parametrize("change", ["value", "name", "config"])
+def test_the_fingerprint_changes_with(change, tmp_path):
+    before = Checkpoint.open(single(tmp_path / "a")).fingerprint()
+    content = tensors()
+    if change == "value":
+        content["embed.weight"][0, 0] += 1
+    if change == "name":
+        content["other.weight"] = content.pop("layer.weight")
+    config = {"rope_theta": 1.0} if change == "config" else {}
+    assert Checkpoint.open(single(tmp_path / "b", content, **config)).fingerprint() != before
+
+
+def test_the_hub_cache_layout_is_followed(tmp_path):
+    folder = single(tmp_path / "snapshots" / "abc")
+    (tmp_path / "blobs").mkdir()
+    for file in list(folder.iterdir()):
+        file.rename(tmp_path / "blobs" / f"{file.name}-sha")
+        file.symlink_to(Path("../../blobs") / f"{file.name}-sha")
+    assert torch.equal(Checkpoint.open(folder).read("scalar"), torch.tensor(3.5))
+
+
+def test_the_trace_of_an_unpacked_gguf_is_dropped_from_the_config(tmp_path):
+    content = {"embed.weight": tensors()["embed.weight"]}
+    folder = single(tmp_path, content, quantization_config={"quant_method": "gguf"})
+    assert Checkpoint.open(folder).config == CONFIG
+
+
+# ---------------------------------------------------------------- bad folders
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(folder)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    refused(tmp_path / "none", "none", "is not a folder")
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    (single(tmp_path) / "config.json").unlink()
+    refused(tmp_path, "has no config.json")
+
+
+def test_a_folder_with_only_a_gguf_points_to_the_file(tmp_path):
+    (tmp_path / "tiny.gguf").touch()
+    refused(tmp_path, "has no config.json", str(tmp_path / "tiny.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"a": ' + "[" * 100_000, "is not JSON"),
+        ("\xff".encode("latin1"), "is not JSON"),
+        ("{}", "names no architecture"),
+        ('{"architectures": []}', "names no architecture"),
+        ('{"architectures": null}', "names no architecture"),
+        ('{"architectures": [3]}', "not class names"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "model_type"),
+    ],
+)
+def test_an_unusable_config_is_refused(text, words, tmp_path):
+    content = text if isinstance(text, bytes) else text.encode()
+    (single(tmp_path) / "config.json").write_bytes(content)
+    refused(tmp_path, "config.json", words)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"compression_config": {"quant_method": "gptq"}},
+        {"text_config": {"quantization_config": {"quant_method": "gptq"}}},
+    ],
+)
+def test_a_quantized_checkpoint_is_refused(config, tmp_path):
+    refused(single(tmp_path, **config), "already quantized", "gptq")
+
+
+def test_packed_blocks_of_a_gguf_are_refused(tmp_path):
+    content = {"layer.weight": torch.zeros(4, dtype=torch.uint8)}
+    folder = single(tmp_path, content, quantization_config={"quant_method": "gguf"})
+    refused(folder, "gguf", "layer.weight", "uint8")
+
+
+def test_a_folder_of_pickle_is_refused(tmp_path):
+    (single(tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "pytorch_model.bin is pickle", "only safetensors")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    (single(tmp_path) / "model.safetensors").unlink()
+    refused(tmp_path, "neither model.safetensors nor model.safetensors.index.json")
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    (single(tmp_path) / "model.safetensors").write_bytes(raw({}, 0))
+    refused(tmp_path, "hold no tensors")
+
+
+# ---------------------------------------------------------------- bad indexes
+
+
+def test_a_missing_shard_is_refused(tmp_path):
+    (sharded(tmp_path) / SECOND).unlink()
+    refused(tmp_path, INDEX, SECOND, "for 2 tensors", "no such file")
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/passwd", "a/../../x", "", "..\\x"])
+def test_an_index_that_leaves_the_folder_is_refused(name, tmp_path):
+    folder = sharded(tmp_path / "in")
+    save_file({"embed.weight": tensors()["embed.weight"]}, tmp_path / "out.safetensors")
+    write_index(folder, {"embed.weight": name})
+    refused(folder, repr(name), "leaves the folder")
+
+
+@pytest.mark.parametrize("depth", ["file", "folder"])
+def test_a_link_that_leaves_the_folder_is_refused(depth, tmp_path):
+    folder, outside = sharded(tmp_path / "in"), tmp_path / "outside"
+    outside.mkdir()
+    (folder / SECOND).rename(outside / SECOND)
+    if depth == "file":
+        (folder / SECOND).symlink_to(outside / SECOND)
+    else:
+        (folder / "sub").symlink_to(outside)
+        write_index(folder, {"layer.weight": f"sub/{SECOND}", "scalar": f"sub/{SECOND}"})
+    refused(folder, SECOND, str(outside), "outside the folder")
+
+
+def test_a_blobs_folder_elsewhere_is_no_hub_cache(tmp_path):
+    folder = single(tmp_path / "snapshots" / "abc")
+    blob = tmp_path / "other" / "blobs" / "weights"
+    blob.parent.mkdir(parents=True)
+    (folder / "model.safetensors").rename(blob)
+    (folder / "model.safetensors").symlink_to(blob)
+    refused(folder, "model.safetensors", "outside the folder")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"embed.weight": 3}])
+def test_an_index_without_file_names_is_refused(weight_map, tmp_path):
+    write_index(sharded(tmp_path), weight_map)
+    refused(tmp_path, INDEX, "weight_map")
+
+
+def test_an_index_that_is_cut_is_refused(tmp_path):
+    whole = (sharded(tmp_path) / INDEX).read_bytes()
+    (tmp_path / INDEX).write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path, INDEX, "is not JSON")
+
+
+def edit_index(folder: Path, **changes: str | None) -> None:
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"] | changes
+    write_index(folder, {name: file for name, file in weight_map.items() if file})
+
+
+def test_a_tensor_the_shard_lacks_is_refused(tmp_path):
+    edit_index(sharded(tmp_path), ghost=FIRST)
+    refused(tmp_path, "'ghost' is not in", FIRST)
+
+
+def test_a_tensor_the_index_lacks_is_refused(tmp_path):
+    edit_index(sharded(tmp_path), scalar=None)
+    refused(tmp_path, "'scalar'", SECOND, "the index says None")
+
+
+def test_a_tensor_in_another_shard_than_indexed_is_refused(tmp_path):
+    edit_index(sharded(tmp_path), scalar=FIRST)
+    refused(tmp_path, "'scalar'", f"is in {SECOND}, the index says {FIRST}")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    names = ["layer.weight", "scalar", "mask"]
+    save_file({name: tensors()[name] for name in names}, sharded(tmp_path) / SECOND)
+    refused(tmp_path, "'mask'", f"is in {FIRST} and in {SECOND}")
+
+
+# ---------------------------------------------------------------- bad safetensors
+
+
+def header_refused(folder: Path, content: bytes, *words: str) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_header(path)
+    for word in (str(path), *words):
+        assert word in str(caught.value)
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_every_proper_prefix_of_a_file_is_refused(share):
+    whole = save(tensors(), {"format": "pt"})
+    with tempfile.TemporaryDirectory() as folder:
+        header_refused(Path(folder), whole[: int(share * len(whole))], "truncated")
+
+
+def test_a_truncated_file_is_refused_with_the_tensor_and_both_sizes(tmp_path):
+    whole = save({"a": torch.zeros(4), "b": torch.zeros(4)})
+    words = ("tensor 'b'", f"ends at byte {len(whole)}", f"the file has {len(whole) - 5} bytes")
+    header_refused(tmp_path, whole[:-5], "truncated", *words)
+
+
+def test_a_file_that_goes_on_after_its_tensors_is_refused(tmp_path):
+    header_refused(tmp_path, save(tensors()) + b"12345", "5 bytes follow the last tensor")
+
+
+@pytest.mark.parametrize(
+    ("header", "n_data", "words"),
+    [
+        ({"w": claim("F32", [4], 0, 8)}, 8, "'w' of dtype F32 and shape (4,) needs 16 bytes"),
+        ({"w": claim("F16", [4], 0, 16)}, 16, "needs 8 bytes, its offsets hold 16"),
+        ({"w": claim("F33", [4], 0, 16)}, 16, "unknown dtype 'F33'"),
+        ({"w": claim("F32", [-4], 0, 16)}, 16, "impossible shape"),
+        ({"w": claim("F32", [True], 0, 4)}, 4, "impossible shape"),
+        ({"w": claim("F32", [0, 2**63], 0, 0)}, 0, "impossible shape"),
+        ({"w": claim("F32", [4.0], 0, 16)}, 16, "impossible shape"),
+        ({"w": claim("F32", [4], 16, 0)}, 16, "impossible offsets"),
+        ({"w": claim("F32", [4], -16, 0)}, 16, "impossible offsets"),
+        ({"w": {"dtype": "F32", "shape": [4]}}, 16, "lacks dtype, shape or data_offsets"),
+        ({"w": [1, 2]}, 16, "lacks dtype, shape or data_offsets"),
+        ({"w": {**claim("F32", [4], 0, 16), "dtype": ["F32"]}}, 16, "unknown dtype"),
+        ({"w": claim("F32", [4], 4, 20)}, 20, "leaves a hole before it"),
+        (
+            {"v": claim("F32", [4], 0, 16), "w": claim("F32", [4], 8, 24)},
+            24,
+            "'w' overlaps the tensor before it",
+        ),
+        ({"__metadata__": 3}, 0, "__metadata__"),
+        ([1], 0, "not a JSON object"),
+        (b'{"w": ', 0, "not JSON"),
+        (b"\xff\xfe", 0, "not JSON"),
+        (b'{"w":' * 50_000, 0, "not JSON"),
+        (b'{"w": {}, "w": {}}', 0, "names 'w' twice"),
+    ],
+)
+def test_a_lying_header_is_refused(header, n_data, words, tmp_path):
+    header_refused(tmp_path, raw(header, n_data), words)
+
+
+def test_a_huge_header_length_is_refused_without_reading_it(tmp_path):
+    header_refused(tmp_path, (2**62).to_bytes(8, "little") + b"{}", "is not safetensors")
+
+
+def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path):
+    header_refused(tmp_path, b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer")
+
+
+# ---------------------------------------------------------------- bad values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_nan_is_refused_with_the_tensor_and_the_count(dtype, tmp_path):
+    weight = torch.ones(4, 4)
+    weight[1, 2:] = torch.nan
+    checkpoint = Checkpoint.open(single(tmp_path, {"good": torch.ones(2), "w": weight.to(dtype)}))
+    with pytest.raises(CheckpointError, match="'w' holds 2 NaN or Inf among 16 values"):
+        checkpoint.read("w")
+    with pytest.raises(CheckpointError, match="'w' holds 2"):
+        checkpoint.check_finite()
+
+
+def test_infinity_is_refused(tmp_path):
+    checkpoint = Checkpoint.open(single(tmp_path, {"w": torch.tensor([1.0, -torch.inf])}))
+    with pytest.raises(CheckpointError, match="'w' holds 1 NaN or Inf"):
+        checkpoint.read("w")
+
+
+def test_an_unknown_tensor_is_refused(tmp_path):
+    checkpoint = Checkpoint.open(single(tmp_path))
+    for ask in (checkpoint.read, checkpoint.shape, checkpoint.dtype):
+        with pytest.raises(CheckpointError, match="holds no tensor 'nope'"):
+            ask("nope")
+
+
+def test_a_file_that_changes_after_opening_is_refused(tmp_path):
+    checkpoint = Checkpoint.open(single(tmp_path))
+    save_file({"scalar": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="'scalar' changed after the checkpoint was opened"):
+        checkpoint.read("scalar")
+    with pytest.raises(CheckpointError, match=r"'mask' cannot be read"):
+        checkpoint.read("mask")
+
+
+# ---------------------------------------------------------------- where a model is
+
+
+def test_a_local_folder_resolves_to_itself(tmp_path):
+    assert resolve(str(single(tmp_path))) == tmp_path
+
+
+@pytest.mark.parametrize("model", ["", "./none", "../none", "/none", "~/none", "a/b/c", "x.gguf"])
+def test_a_local_path_that_does_not_exist_is_refused_without_asking_the_hub(model, no_hub):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        resolve(model)
+
+
+def test_a_path_object_is_never_a_hub_id(no_hub):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        resolve(Path("user/none"))
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path, no_hub):
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(CheckpointError, match=r"neither a model folder nor a \.gguf file"):
+        resolve(tmp_path / "weights.bin")
+
+
+def test_a_revision_of_a_local_folder_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="revision='main' has no meaning"):
+        resolve(single(tmp_path), revision="main")
+
+
+def test_a_name_too_long_for_the_file_system_is_refused(no_hub):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        resolve("a" * 5000)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    def fail(*_args: object, **_settings: object) -> str:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+
+
+def test_nothing_that_can_run_is_asked_from_the_hub(tmp_path, monkeypatch):
+    asked = {}
+
+    def download(model: str, **request: object) -> str:
+        asked.update(request, model=model)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("user/model", revision="v1") == tmp_path
+    assert (asked["model"], asked["revision"]) == ("user/model", "v1")
+
+    repo = ["model.safetensors", "config.json", "chat_template.jinja", "tokenizer.model"]
+    unsafe = ["pytorch_model.bin", "modeling_x.py", "model.pt", "model.gguf", "onnx/config.json"]
+    chosen = huggingface_hub.utils.filter_repo_objects(
+        [*repo, *unsafe],
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+    assert list(chosen) == repo
+
+
+def test_an_unreachable_hub_is_an_error_that_says_so(monkeypatch):
+    def fail(*_args: object, **_settings: object) -> str:
+        raise LocalEntryNotFoundError("connection refused")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match=r"'user/model'.*hub cannot be reached.*refused"):
+        resolve("user/model")
+
+
+def test_a_name_that_is_no_hub_id_is_refused_before_any_request():
+    with pytest.raises(CheckpointError, match="neither an existing path nor a hub id"):
+        resolve("no such model")
