@@ -1,0 +1,37 @@
+"""Fixtures for all tests: the tiny trained model, its tokenizer, text it has not seen, fixed seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TINY_FOLDER
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder() -> Path:
+    """The trained Llama shipped with the tests (see tests/data/tiny/README.md); read only."""
+    return TINY_FOLDER
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(TINY_FOLDER)
+
+
+@pytest.fixture(scope="session")
+def heldout_text() -> str:
+    """32,000 characters of English that the tiny model was not trained on."""
+    return (TINY_FOLDER / "heldout.txt").read_text(encoding="utf-8")
