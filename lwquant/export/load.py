@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -36,7 +38,7 @@ Layout = tuple[torch.dtype | None, tuple[int, ...]]
 class LwquantConfig(QuantizationConfigMixin):
     """The `quantization_config` of config.json as transformers carries it on `model.config`."""
 
-    quant_method = QUANT_METHOD
+    quant_method: Any = QUANT_METHOD
 
     def __init__(self, schemes: Mapping[str, QuantScheme], bpw: float) -> None:
         self.schemes = dict(schemes)
@@ -64,22 +66,27 @@ class LwquantQuantizer(HfQuantizer):
     quantization_config: LwquantConfig
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Swap the linears on meta, and compare what they need with what the files hold."""
+        """Swap the linears on meta, and compare what the model needs with what the files hold."""
         if not checkpoint_files or not all(f.endswith(".safetensors") for f in checkpoint_files):
             raise CheckpointError("a model quantized by lwquant is loaded from safetensors files")
-        found: dict[str, TensorEntry] = {}
-        for file in checkpoint_files:
-            found |= read_header(Path(file)).tensors
-        needed = needed_tensors(model, self.quantization_config.schemes)
-        for one, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-            # Of two tied weights the file needs only one.
-            needed.pop(one if other in found else other, None)
-        check_tensors(needed, found)
-        replace_linears(model, self.quantization_config.schemes)
+        schemes = self.quantization_config.schemes
+        packed: dict[str, Layout] = {}
+        for name, scheme in schemes.items():
+            packed |= layout_of(name, *features_of(find_linear(model, name)), scheme)
+        replace_linears(model, schemes)
+        _skip_initialization(model)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        found = tensors_by_module_name(model, map(Path, checkpoint_files))
+        needed: dict[str, Layout] = {
+            name: (None, tuple(tensor.shape)) for name, tensor in model.state_dict().items()
+        }
+        for one, other in model.all_tied_weights_keys.items():
+            needed.pop(one if other in found else other, None)  # one of the two is enough
+        check_tensors(needed | packed, found)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for module in model.modules():
             if isinstance(module, QuantizedLinear) and module.scales.dtype != torch.float16:
                 # An architecture may ask for some modules in float32 by name. The scales were
@@ -98,20 +105,22 @@ class LwquantQuantizer(HfQuantizer):
         return True
 
 
-def needed_tensors(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> dict[str, Layout]:
-    """What the files must hold to fill `model` once its linears are replaced.
+def tensors_by_module_name(model: PreTrainedModel, files: Iterable[Path]) -> dict[str, TensorEntry]:
+    """What some safetensors files hold, under the names that loading will give it.
 
-    Raises CheckpointError for a scheme whose name is no linear of the model.
+    transformers adds or strips the base model's prefix, and renames what some architectures call
+    otherwise in files: GPT-NeoX's lm_head is embed_out there, and save_pretrained renames it back.
     """
-    needed: dict[str, Layout] = {
-        name: (None, tuple(tensor.shape)) for name, tensor in model.state_dict().items()
-    }
-    for name, scheme in schemes.items():
-        packed = layout_of(name, *features_of(find_linear(model, name)), scheme)
-        if packed:
-            del needed[f"{name}.weight"]
-        needed |= packed
-    return needed
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, TensorEntry] = {}
+    for file in files:
+        for key, entry in read_header(file).tensors.items():
+            name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            found[key if key in state and name not in state else name] = entry
+    return found
 
 
 def check_tensors(needed: Mapping[str, Layout], found: Mapping[str, TensorEntry]) -> None:
@@ -129,6 +138,19 @@ def check_tensors(needed: Mapping[str, Layout], found: Mapping[str, TensorEntry]
                 f"tensor {name!r} is {entry.dtype} {entry.shape}, "
                 f"the model needs {dtype or 'a float'} {shape}"
             )
+
+
+def _skip_initialization(model: PreTrainedModel) -> None:
+    """Keep transformers from initializing modules around packed linears at random.
+
+    It would do no harm, as loaded tensors are left alone, but GPT-2's attention asks for
+    `c_proj.weight` in order to do so. Only modules that fill all their tensors from the file are
+    marked; buffers that are not stored (rotary tables) still have to be computed.
+    """
+    for module in model.modules():
+        packed = any(isinstance(inner, QuantizedLinear) for inner in module.modules())
+        if packed and not module._non_persistent_buffers_set:
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def register() -> None:

@@ -19,7 +19,7 @@ from lwquant.model.model_folder import member
 from lwquant.nn.replace import find_linear
 from lwquant.types import FLOAT_BITS, LinearSpec, QuantizedWeight, QuantScheme
 
-MAX_SHARD_BYTES = 4 * 10**9
+MAX_SHARD_BYTES = 2 * 2**30
 
 # Everything beside the weights that transformers reads for a text model. A list of what may be
 # copied, so that no code (*.py), pickle (*.bin, *.pt) or second set of weights ever travels along.
@@ -90,7 +90,7 @@ class ModelWriter:
             )
         if isinstance(weight, QuantizedWeight):
             for name, tensor in tensors_of(spec.name, weight):
-                self._shards.add(name, tensor.cpu())
+                self._shards.add(name, tensor)
             self._written[spec.name] = weight.scheme
         else:
             self._shards.add(f"{spec.name}.weight", self._as_stored(spec.name, weight))
@@ -126,7 +126,7 @@ class ModelWriter:
         if weight.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"{name}: {weight.dtype} is not a 16-bit float")
         transposed = isinstance(find_linear(self._model, name), Conv1D)
-        return (weight.T if transposed else weight).contiguous().cpu()
+        return weight.T if transposed else weight
 
     def _write_config(self, schemes: Mapping[str, QuantScheme], bpw: float) -> None:
         config = dict(self._checkpoint.config)

@@ -128,5 +128,5 @@ def test_code_k_of_a_row_sits_at_bit_k_times_bits_of_its_little_endian_stream():
 def test_a_symmetric_weight_with_a_zero_off_the_middle_is_refused():
     weight = random_weight(QuantScheme(4, 48, symmetric=True), 33, 100)
     weight.zeros[5, 1] = 7
-    with pytest.raises(ValueError, match="up.*all must be 8"):
+    with pytest.raises(ValueError, match=r"up.*all must be 8"):
         list(tensors_of("up", weight))
