@@ -272,7 +272,7 @@ def _explained(repo_id: str, endpoint: str) -> Iterator[None]:
 def _reason(error: BaseException, endpoint: str) -> str:
     # The client wraps a failed upload of one file in a RuntimeError that says no more than that.
     cause = error.__cause__
-    if isinstance(error, RuntimeError) and isinstance(cause, HTTPError | OSError):
+    if isinstance(error, RuntimeError) and cause is not None:
         return f"{error} {_reason(cause, endpoint)}"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
