@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the tiny trained model, its tokenizer, text it has not seen, fixed seeds."""
+"""Fixtures for all tests: the trained tiny model, its tokenizer, held-out text, fixed seeds."""
 
 from __future__ import annotations
 

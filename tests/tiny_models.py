@@ -58,9 +58,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         num_attention_heads=4,
         max_position_embeddings=256,
     ),
-    "gpt2": GPT2Config(
-        **_ENDS, vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256
-    ),
+    "gpt2": GPT2Config(**_ENDS, vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256),
     "gpt_neox": GPTNeoXConfig(
         **_ENDS,
         vocab_size=VOCAB,
