@@ -29,7 +29,7 @@ uint32_t largest_magnitude_bits(const float* x, int64_t n) {
 }
 
 // Rounds to nearest by adding 1.5 * 2^23, after which the mantissa is the integer.
-int64_t round_span(const float* x, int64_t n, float inverse, int16_t* q) {
+int32_t round_span(const float* x, int64_t n, float inverse, int16_t* q) {
   constexpr float kMagic = 12582912.0f;
   int32_t sum = 0;  // at most 128 * 32767
   for (int64_t k = 0; k < n; ++k) {
@@ -47,31 +47,27 @@ int64_t round_span(const float* x, int64_t n, float inverse, int16_t* q) {
 
 bool quantize_activations(const Weight& w, const Activations& a, int16_t* q, float* span_scale,
                           float* group_sum) {
-  constexpr int64_t kSpan = static_cast<int64_t>(kSpanSteps) * kStep;
+  const int64_t span_inputs = a.span_steps * kStep;
   const int64_t padded = a.n_steps * kStep;
   for (int64_t token = 0; token < a.n_tokens; ++token) {
     const float* x = a.x + token * w.in_features;
     int16_t* out = q + token * padded;
     memset(out + w.in_features, 0, sizeof(int16_t) * (padded - w.in_features));
-    for (int64_t group = 0; group < w.n_groups; ++group) {
-      const int64_t group_stop = (group + 1) * w.group_size;
-      const int64_t stop = group_stop < w.in_features ? group_stop : w.in_features;
-      float sum = 0.0f;
-      for (int64_t span = 0; span < a.spans_per_group; ++span) {
-        const int64_t first = group * w.group_size + span * kSpan;
-        const int64_t rest = stop - first;
-        const int64_t n = rest < 0 ? 0 : rest < kSpan ? rest : kSpan;
-        const uint32_t bits = largest_magnitude_bits(x + first, n);
-        if (bits >= kInfinityBits) return false;
-        float range;
-        memcpy(&range, &bits, sizeof range);
-        range = range < kSmallestRange ? kSmallestRange : range;
-        const float scale = range / kLargest;
-        const int64_t total = round_span(x + first, n, kLargest / range, out + first);
-        *span_scale++ = scale;
-        sum += scale * static_cast<float>(total);
-      }
-      *group_sum++ = sum;
+    float* sums = group_sum + token * w.n_groups;
+    for (int64_t group = 0; group < w.n_groups; ++group) sums[group] = 0.0f;
+    for (int64_t span = 0; span < a.n_spans; ++span) {
+      const int64_t first = span * span_inputs;
+      const int64_t rest = w.in_features - first;
+      const int64_t n = rest < span_inputs ? rest : span_inputs;
+      const uint32_t bits = largest_magnitude_bits(x + first, n);
+      if (bits >= kInfinityBits) return false;
+      float range;
+      memcpy(&range, &bits, sizeof range);
+      range = range < kSmallestRange ? kSmallestRange : range;
+      const float scale = range / kLargest;
+      const int32_t total = round_span(x + first, n, kLargest / range, out + first);
+      span_scale[token * a.n_spans + span] = scale;
+      sums[span / a.spans_per_group] += scale * static_cast<float>(total);
     }
   }
   return true;

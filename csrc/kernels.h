@@ -1,9 +1,10 @@
-// What the CPU kernels agree on: plain records and declarations, nothing inline.
+// What the CPU kernels agree on: plain records and declarations.
 //
 // Each instruction set is one source file compiled with its own flags. An inline function or a
 // std template shared between them could be emitted with AVX-512 in it and then be picked by the
-// linker for all of them (one-definition rule), so this header holds only records and constants,
-// and those files include nothing else but the intrinsics.
+// linker for all of them (one-definition rule), so this header holds only records, constants
+// and one constexpr sum (folded at compile time), and those files include nothing else but the
+// intrinsics.
 #pragma once
 #include <stdint.h>
 
@@ -12,9 +13,9 @@ namespace lwquant {
 constexpr int kWordBits = 32;
 constexpr int kStep = 32;      // codes a kernel unpacks at once: exactly `bits` words of a row
 constexpr int kTileRows = 32;  // rows of one task: exactly `bits` words of a row of zeros
-// Steps that share one activation scale. 4 steps put 8 products of at most 255 * 32767 in a
+// Most steps that share one activation scale. 4 steps put 8 products of at most 255 * 32767 in a
 // 32-bit lane (AVX-512; 16 with AVX2), far from overflow.
-constexpr int kSpanSteps = 4;
+constexpr int kMaxSpanSteps = 4;
 
 // One stored layer; the row streams are described in lwquant/ops/layout.py.
 struct Weight {
@@ -32,15 +33,17 @@ struct Weight {
 };
 
 // The input of one call and, for the integer kernels, its 16-bit form: x = q * span_scale.
-// A span is at most kSpanSteps steps of one group; groups start on a step.
+// A span is span_steps (1, 2 or 4) steps; groups start on a span, only the last span is shorter.
 struct Activations {
   const float* x;           // (n_tokens, in_features)
   const int16_t* q;         // (n_tokens, n_steps * kStep), zero beyond in_features
-  const float* span_scale;  // (n_tokens, n_groups * spans_per_group)
+  const float* span_scale;  // (n_tokens, n_spans)
   const float* group_sum;   // (n_tokens, n_groups): the sum of q * span_scale over the group
   int64_t n_tokens;
   int64_t n_steps;
-  int64_t spans_per_group;
+  int64_t n_spans;
+  int64_t span_steps;
+  int64_t spans_per_group;  // the last group may have fewer
 };
 
 // One instruction set.
@@ -49,10 +52,15 @@ struct Isa {
   // n codes of one row stream -> n bytes. Reads ceil(n * bits / 32) words and no more.
   void (*unpack_row)(int bits, const int32_t* words, int64_t n, uint8_t* codes);
   // y[:, row : row + n_rows] for a tile that starts at a multiple of kTileRows.
-  // `scratch` has room for n_groups * kTileRows floats. Null: use the float kernel.
+  // `scratch` has room for scratch_floats(n_groups). Null: use the float kernel.
   void (*linear_tile)(const Weight&, const Activations&, int64_t row, int64_t n_rows,
                       float* scratch, float* y);
 };
+
+// A tile's zeros and two rows of scales, as floats, each row of scales in whole vectors of 16.
+constexpr int64_t scratch_floats(int64_t n_groups) {
+  return n_groups * kTileRows + 2 * (n_groups + 16);
+}
 
 extern const Isa kReference;
 #ifdef LWQUANT_X86

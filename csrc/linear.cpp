@@ -26,6 +26,14 @@ bool integer_kernel_fits(const Isa& isa, const Weight& w) {
   return isa.linear_tile && (w.n_groups == 1 || w.group_size % kStep == 0);
 }
 
+// The longest span that groups are whole numbers of.
+int64_t span_steps(const Weight& w) {
+  if (w.n_groups == 1) return kMaxSpanSteps;
+  int64_t steps = kMaxSpanSteps;
+  while (w.group_size % (steps * kStep) != 0) steps /= 2;
+  return steps;
+}
+
 // Runs body(first_row, n_rows, seat) for tiles of kTileRows rows.
 template <typename Body>
 void for_each_tile(int64_t n_rows, int n_threads, Body body) {
@@ -51,16 +59,19 @@ bool linear_integer(const Isa& isa, const Weight& w, const float* x, int64_t n_t
   a.x = x;
   a.n_tokens = n_tokens;
   a.n_steps = (w.in_features + kStep - 1) / kStep;
-  a.spans_per_group = ((w.group_size + kStep - 1) / kStep + kSpanSteps - 1) / kSpanSteps;
+  a.span_steps = span_steps(w);
+  a.n_spans = (a.n_steps + a.span_steps - 1) / a.span_steps;
+  const int64_t group_steps = (w.group_size + kStep - 1) / kStep;
+  a.spans_per_group = (group_steps + a.span_steps - 1) / a.span_steps;
   auto q = buffer<int16_t>(n_tokens * a.n_steps * kStep);
-  auto span_scale = buffer<float>(n_tokens * w.n_groups * a.spans_per_group);
+  auto span_scale = buffer<float>(n_tokens * a.n_spans);
   auto group_sum = buffer<float>(n_tokens * w.n_groups);
   if (!quantize_activations(w, a, q.get(), span_scale.get(), group_sum.get())) return false;
   a.q = q.get();
   a.span_scale = span_scale.get();
   a.group_sum = group_sum.get();
 
-  const int64_t tile_floats = w.n_groups * kTileRows;
+  const int64_t tile_floats = scratch_floats(w.n_groups);
   auto scratch = buffer<float>(tile_floats * n_threads);
   for_each_tile(w.out_features, n_threads, [&](int64_t row, int64_t n_rows, int seat) {
     isa.linear_tile(w, a, row, n_rows, scratch.get() + seat * tile_floats, y);

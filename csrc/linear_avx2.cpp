@@ -1,7 +1,6 @@
 // y = x Wᵀ with AVX2, straight from the stored row stream; same integers as the AVX-512 kernel.
 //
-// 32 codes are exactly `bits` words, loaded once (vpmaskmovd reads no word beyond the row) and
-// unpacked in two halves of 16. AVX2 has no 16-bit variable right shift, so a code is moved to the
+// 32 codes are exactly `bits` words, loaded once and unpacked in two halves of 16. AVX2 has no 16-bit variable right shift, so a code is moved to the
 // top of its slot by a multiplication with a power of two, then down by one common shift.
 // `vpmaddwd` multiplies by the 16-bit activations: no saturation, unlike `vpmaddubsw`.
 // Bytes moved per weight: bits/8 + (2 + bits/8) / group_size. Expected limit: unpacking,
@@ -56,6 +55,20 @@ __m256i table(const T* values) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(values));
 }
 
+// The words of one step, never reading beyond the `rest` words left in the row. A masked load that
+// crosses a cache line is slow, so it is kept for the end of the row.
+template <int BITS>
+__m256i load_step(const int32_t* words, int64_t rest) {
+  constexpr int kPlainWords = BITS <= 4 ? 4 : 8;
+  if (rest < kPlainWords) {
+    return _mm256_maskload_epi32(words, low_words(rest < BITS ? rest : BITS));
+  }
+  if (BITS <= 4) {
+    return _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
+  }
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+}
+
 // Codes 0-15 or 16-31 of the loaded words as 16-bit integers.
 template <int BITS, int HALF>
 __m256i unpack_half(__m256i packed) {
@@ -67,93 +80,106 @@ __m256i unpack_half(__m256i packed) {
   return _mm256_srli_epi16(high, 16 - BITS);
 }
 
-__m256 half_everywhere(uint16_t half) {
-  return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(half)));
-}
-
 float add_lanes(__m256 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-void store_floats(__m256i codes, float* out) {
+void store_shares(__m256i codes, float* out) {
+  const __m256 share = _mm256_set1_ps(-1.0f / 8);
   const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(codes));
   const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(codes, 1));
-  _mm256_storeu_ps(out, _mm256_cvtepi32_ps(low));
-  _mm256_storeu_ps(out + 8, _mm256_cvtepi32_ps(high));
+  _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(low), share));
+  _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(high), share));
 }
 
-// The zeros of a tile as floats, (n_groups, kTileRows).
+// The zeros of a tile, negated and divided among the 8 lanes of a sum: (n_groups, kTileRows).
 template <int BITS>
 void tile_zeros(const Weight& w, int64_t row, float* zeros) {
   const int64_t first_word = row / kStep * BITS;
-  const int64_t rest = w.zero_words - first_word;
-  const __m256i present = low_words(rest < BITS ? rest : BITS);
   for (int64_t group = 0; group < w.n_groups; ++group, zeros += kTileRows) {
     __m256i low = _mm256_set1_epi16(1 << (BITS - 1)), high = low;
     if (w.zeros) {
       const int32_t* words = w.zeros + group * w.zero_words + first_word;
-      const __m256i packed = _mm256_maskload_epi32(words, present);
+      const __m256i packed = load_step<BITS>(words, w.zero_words - first_word);
       low = unpack_half<BITS, 0>(packed);
       high = unpack_half<BITS, 1>(packed);
     }
-    store_floats(low, zeros);
-    store_floats(high, zeros + kHalf);
+    store_shares(low, zeros);
+    store_shares(high, zeros + kHalf);
   }
 }
 
-template <int BITS, int TOKENS>
-void multiply(const Weight& w, const Activations& a, int64_t row, int64_t token,
-              const float* zeros, float* y) {
-  const int32_t* codes = w.codes + row * w.row_words;
-  const uint16_t* scales = w.scales + row * w.n_groups;
-  const int64_t q_stride = a.n_steps * kStep;
-  const int64_t span_stride = w.n_groups * a.spans_per_group;
-  const int16_t* q = a.q + token * q_stride;
-  const float* span_scale = a.span_scale + token * span_stride;
-  const float* group_sum = a.group_sum + token * w.n_groups;
+void row_scales(const uint16_t* halves, int64_t n_groups, float* scales) {
+  int64_t group = 0;
+  for (; group + 8 <= n_groups; group += 8) {
+    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + group));
+    _mm256_storeu_ps(scales + group, _mm256_cvtph_ps(eight));
+  }
+  for (; group < n_groups; ++group) scales[group] = _cvtsh_ss(halves[group]);
+}
 
-  const int64_t last = a.n_steps - 1;
-  const __m256i all = low_words(BITS);
-  const __m256i ending = low_words(w.row_words - last * BITS);
-  const int64_t group_steps = (w.group_size + kStep - 1) / kStep;
+// One step of 32 inputs: exact integer sums of code * q. `rest`: words left in the row.
+template <int BITS, int TOKENS>
+inline __attribute__((always_inline)) void add_step(const int32_t* words, int64_t rest,
+                                                    const int16_t* q, int64_t q_stride,
+                                                    __m256i (&products)[TOKENS]) {
+  const __m256i packed = load_step<BITS>(words, rest);
+  const __m256i low = unpack_half<BITS, 0>(packed);
+  const __m256i high = unpack_half<BITS, 1>(packed);
+  for (int t = 0; t < TOKENS; ++t) {
+    const int16_t* x = q + t * q_stride;
+    const __m256i x_low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    const __m256i x_high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + kHalf));
+    products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(low, x_low));
+    products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(high, x_high));
+  }
+}
+
+// y for one row and TOKENS tokens. `zeros` has stride kTileRows over groups, `scales` 1.
+template <int BITS, int STEPS, int TOKENS>
+void multiply(const Weight& w, const Activations& a, int64_t row, int64_t token,
+              const float* zeros, const float* scales, float* y) {
+  const int32_t* codes = w.codes + row * w.row_words;
+  const int64_t q_stride = a.n_steps * kStep;
+  const int16_t* q = a.q + token * q_stride;
+  const float* span_scale = a.span_scale + token * a.n_spans;
+  const float* group_sum = a.group_sum + token * w.n_groups;
+  // Spans that end this many words before the row does need no care in loading.
+  const int64_t careful = w.row_words - STEPS * BITS - 8;
 
   __m256 total[TOKENS];
   for (int t = 0; t < TOKENS; ++t) total[t] = _mm256_setzero_ps();
-  int64_t step = 0;
+  int64_t span = 0;
+  int64_t word = 0;
   for (int64_t group = 0; group < w.n_groups; ++group) {
-    const int64_t group_stop =
-        step + group_steps < a.n_steps ? step + group_steps : a.n_steps;
+    const __m256 zero = _mm256_set1_ps(zeros[group * kTileRows]);
     __m256 sum[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) {  // each of 8 lanes carries its part of the zero
-      const float part = group_sum[t * w.n_groups + group] * (1.0f / 8);
-      sum[t] = _mm256_set1_ps(-zeros[group * kTileRows] * part);
+    for (int t = 0; t < TOKENS; ++t) {
+      sum[t] = _mm256_mul_ps(zero, _mm256_set1_ps(group_sum[t * w.n_groups + group]));
     }
-    for (int64_t span = group * a.spans_per_group; step < group_stop; ++span) {
-      const int64_t stop = step + kSpanSteps < group_stop ? step + kSpanSteps : group_stop;
+    const int64_t all = span + a.spans_per_group;
+    const int64_t stop = all < a.n_spans ? all : a.n_spans;
+    for (; span < stop; ++span) {
       __m256i products[TOKENS];
       for (int t = 0; t < TOKENS; ++t) products[t] = _mm256_setzero_si256();
-      for (; step < stop; ++step) {
-        const __m256i packed =
-            _mm256_maskload_epi32(codes + step * BITS, step == last ? ending : all);
-        const __m256i low = unpack_half<BITS, 0>(packed);
-        const __m256i high = unpack_half<BITS, 1>(packed);
-        for (int t = 0; t < TOKENS; ++t) {
-          const int16_t* x = q + t * q_stride + step * kStep;
-          const __m256i x_low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-          const __m256i x_high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + kHalf));
-          const __m256i pair =
-              _mm256_add_epi32(_mm256_madd_epi16(low, x_low), _mm256_madd_epi16(high, x_high));
-          products[t] = _mm256_add_epi32(products[t], pair);
+      if (word <= careful) {
+#pragma GCC unroll 4
+        for (int step = 0; step < STEPS; ++step, word += BITS, q += kStep) {
+          add_step<BITS, TOKENS>(codes + word, kWordBits, q, q_stride, products);
+        }
+      } else {
+        for (int step = 0; step < STEPS && word < w.row_words; ++step, word += BITS, q += kStep) {
+          add_step<BITS, TOKENS>(codes + word, w.row_words - word, q, q_stride, products);
         }
       }
       for (int t = 0; t < TOKENS; ++t) {
-        const __m256 scale = _mm256_set1_ps(span_scale[t * span_stride + span]);
+        const __m256 scale = _mm256_set1_ps(span_scale[t * a.n_spans + span]);
         sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[t]), scale, sum[t]);
       }
     }
-    const __m256 scale = half_everywhere(scales[group]);
+    const __m256 scale = _mm256_set1_ps(scales[group]);
     for (int t = 0; t < TOKENS; ++t) total[t] = _mm256_fmadd_ps(sum[t], scale, total[t]);
   }
   const float bias = w.bias ? w.bias[row] : 0.0f;
@@ -162,36 +188,50 @@ void multiply(const Weight& w, const Activations& a, int64_t row, int64_t token,
   }
 }
 
-template <int BITS>
-void tile(const Weight& w, const Activations& a, int64_t row, int64_t n_rows, float* scratch,
-          float* y) {
-  tile_zeros<BITS>(w, row, scratch);
-  for (int64_t r = 0; r < n_rows; ++r) {
+template <int BITS, int STEPS>
+void tile(const Weight& w, const Activations& a, int64_t first_row, int64_t n_rows,
+          float* scratch, float* y) {
+  float* scales = scratch + w.n_groups * kTileRows;
+  tile_zeros<BITS>(w, first_row, scratch);
+  for (int64_t place = 0; place < n_rows; ++place) {
+    const int64_t row = first_row + place;
+    const float* zeros = scratch + place;
+    row_scales(w.scales + row * w.n_groups, w.n_groups, scales);
     int64_t t = 0;
-    for (; t + 4 <= a.n_tokens; t += 4) multiply<BITS, 4>(w, a, row + r, t, scratch + r, y);
-    for (; t < a.n_tokens; ++t) multiply<BITS, 1>(w, a, row + r, t, scratch + r, y);
+    for (; t + 4 <= a.n_tokens; t += 4) multiply<BITS, STEPS, 4>(w, a, row, t, zeros, scales, y);
+    for (; t < a.n_tokens; ++t) multiply<BITS, STEPS, 1>(w, a, row, t, zeros, scales, y);
+  }
+}
+
+template <int BITS>
+void tile_of(const Weight& w, const Activations& a, int64_t row, int64_t n_rows, float* scratch,
+             float* y) {
+  switch (a.span_steps) {
+    case 1: return tile<BITS, 1>(w, a, row, n_rows, scratch, y);
+    case 2: return tile<BITS, 2>(w, a, row, n_rows, scratch, y);
+    default: return tile<BITS, 4>(w, a, row, n_rows, scratch, y);
   }
 }
 
 void linear_tile(const Weight& w, const Activations& a, int64_t row, int64_t n_rows,
                  float* scratch, float* y) {
   switch (w.bits) {
-    case 2: return tile<2>(w, a, row, n_rows, scratch, y);
-    case 3: return tile<3>(w, a, row, n_rows, scratch, y);
-    case 4: return tile<4>(w, a, row, n_rows, scratch, y);
-    case 5: return tile<5>(w, a, row, n_rows, scratch, y);
-    case 6: return tile<6>(w, a, row, n_rows, scratch, y);
-    case 7: return tile<7>(w, a, row, n_rows, scratch, y);
-    default: return tile<8>(w, a, row, n_rows, scratch, y);
+    case 2: return tile_of<2>(w, a, row, n_rows, scratch, y);
+    case 3: return tile_of<3>(w, a, row, n_rows, scratch, y);
+    case 4: return tile_of<4>(w, a, row, n_rows, scratch, y);
+    case 5: return tile_of<5>(w, a, row, n_rows, scratch, y);
+    case 6: return tile_of<6>(w, a, row, n_rows, scratch, y);
+    case 7: return tile_of<7>(w, a, row, n_rows, scratch, y);
+    default: return tile_of<8>(w, a, row, n_rows, scratch, y);
   }
 }
 
 template <int BITS>
 void unpack(const int32_t* words, int64_t n, uint8_t* codes) {
-  for (; n > 0; n -= kStep, words += BITS, codes += kStep) {
+  int64_t rest = (n * BITS + kWordBits - 1) / kWordBits;
+  for (; n > 0; n -= kStep, words += BITS, rest -= BITS, codes += kStep) {
     const int64_t n_here = n < kStep ? n : kStep;
-    const __m256i present = low_words((n_here * BITS + kWordBits - 1) / kWordBits);
-    const __m256i packed = _mm256_maskload_epi32(words, present);
+    const __m256i packed = load_step<BITS>(words, rest);
     const __m256i mixed =
         _mm256_packus_epi16(unpack_half<BITS, 0>(packed), unpack_half<BITS, 1>(packed));
     const __m256i step = _mm256_permute4x64_epi64(mixed, 0xd8);  // packus works lane by lane

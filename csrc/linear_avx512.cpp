@@ -4,7 +4,7 @@
 // codes (vpermd), to each 16-bit slot the two bytes its code lies in (vpshufb), shift, mask.
 // `vpdpwssd` multiplies them by the 16-bit activations; the sum over a span is exact. The zero-point
 // is folded: sum((code - zero) q) = sum(code q) - zero * sum(q), the last known per group.
-// Per 32 weights and token: 1 load, 1 dot; per span: 1 convert, 1 multiply-add; per group: 2.
+// Per 32 weights and token: 1 load, 1 dot; per span: 1 convert, 1 multiply-add; per group: 2 more.
 // Bytes moved per weight: bits/8 + (2 + bits/8) / group_size. Expected limit: at M=1 memory above
 // about 4 bits, unpacking (5 instructions for 32 codes) below.
 #include "kernels.h"
@@ -41,12 +41,25 @@ struct Layout {
 template <int BITS>
 constexpr Layout<BITS> kLayout{};
 
-constexpr __mmask16 low_words(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
-
-// 32 codes as 16-bit integers; only the words in `present` are read, the others count as zero.
+// The words of one step, never reading beyond the `rest` words left in the row. A masked load that
+// crosses a cache line is slow, so it is kept for the end of the row.
 template <int BITS>
-__m512i unpack_step(const int32_t* words, __mmask16 present) {
-  const __m512i packed = _mm512_maskz_loadu_epi32(present, words);
+__m512i load_step(const int32_t* words, int64_t rest) {
+  constexpr int kPlainWords = BITS <= 4 ? 4 : 8;
+  if (rest < kPlainWords) {
+    const __mmask8 present = static_cast<__mmask8>((1u << (rest < BITS ? rest : BITS)) - 1);
+    return _mm512_castsi256_si512(_mm256_maskz_loadu_epi32(present, words));
+  }
+  if (BITS <= 4) {
+    return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
+  }
+  return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)));
+}
+
+// 32 codes as 16-bit integers; those beyond the end of the row are anything up to 2^bits - 1.
+template <int BITS>
+__m512i unpack_step(const int32_t* words, int64_t rest) {
+  const __m512i packed = load_step<BITS>(words, rest);
   if (BITS == 8) return _mm512_cvtepu8_epi16(_mm512_castsi512_si256(packed));
   const Layout<BITS>& layout = kLayout<BITS>;
   const __m512i lanes = _mm512_permutexvar_epi32(_mm512_load_si512(layout.words), packed);
@@ -55,141 +68,182 @@ __m512i unpack_step(const int32_t* words, __mmask16 present) {
   return _mm512_and_si512(codes, _mm512_set1_epi16((1 << BITS) - 1));
 }
 
-__m512 half_everywhere(uint16_t half) {
-  return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(half)));
-}
-
-// The zeros of a tile as floats, (n_groups, kTileRows).
+// The zeros of a tile, negated and divided among the 16 lanes of a sum: (n_groups, kTileRows).
 template <int BITS>
 void tile_zeros(const Weight& w, int64_t row, float* zeros) {
   const int64_t first_word = row / kStep * BITS;
-  const int64_t rest = w.zero_words - first_word;
-  const __mmask16 present = low_words(rest < BITS ? rest : BITS);
+  const __m512 share = _mm512_set1_ps(-1.0f / 16);
   for (int64_t group = 0; group < w.n_groups; ++group, zeros += kTileRows) {
     __m512i codes = _mm512_set1_epi16(1 << (BITS - 1));
     if (w.zeros) {
-      codes = unpack_step<BITS>(w.zeros + group * w.zero_words + first_word, present);
+      const int32_t* words = w.zeros + group * w.zero_words + first_word;
+      codes = unpack_step<BITS>(words, w.zero_words - first_word);
     }
     const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(codes));
     const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(codes, 1));
-    _mm512_storeu_ps(zeros, _mm512_cvtepi32_ps(low));
-    _mm512_storeu_ps(zeros + 16, _mm512_cvtepi32_ps(high));
+    _mm512_storeu_ps(zeros, _mm512_mul_ps(_mm512_cvtepi32_ps(low), share));
+    _mm512_storeu_ps(zeros + 16, _mm512_mul_ps(_mm512_cvtepi32_ps(high), share));
   }
 }
 
-template <int BITS, int ROWS, int TOKENS>
-void multiply(const Weight& w, const Activations& a, int64_t row, int64_t token,
-              const float* zeros, float* y) {
-  const int32_t* codes = w.codes + row * w.row_words;
-  const uint16_t* scales = w.scales + row * w.n_groups;
+void row_scales(const uint16_t* halves, int64_t n_groups, float* scales) {
+  for (int64_t group = 0; group < n_groups; group += 16) {
+    const int64_t rest = n_groups - group;
+    const __mmask16 present = static_cast<__mmask16>((1u << (rest < 16 ? rest : 16)) - 1);
+    const __m256i sixteen = _mm256_maskz_loadu_epi16(present, halves + group);
+    _mm512_storeu_ps(scales + group, _mm512_cvtph_ps(sixteen));
+  }
+}
+
+// Two rows, which may be the same one; what a row needs, at hand.
+struct Rows {
+  const int32_t* codes[2];
+  const float* zeros[2];   // stride kTileRows over groups
+  const float* scales[2];  // stride 1 over groups
+};
+
+// One step of 32 inputs: exact integer sums of code * q. `rest`: words left in the row.
+template <int BITS, int TOKENS>
+inline __attribute__((always_inline)) void add_step(const Rows& rows, int64_t word, int64_t rest,
+                                                    const int16_t* q, int64_t q_stride,
+                                                    __m512i (&products)[2][TOKENS]) {
+  const __m512i first = unpack_step<BITS>(rows.codes[0] + word, rest);
+  const __m512i second = unpack_step<BITS>(rows.codes[1] + word, rest);
+  for (int t = 0; t < TOKENS; ++t) {
+    const __m512i x = _mm512_loadu_si512(q + t * q_stride);
+    products[0][t] = _mm512_dpwssd_epi32(products[0][t], first, x);
+    products[1][t] = _mm512_dpwssd_epi32(products[1][t], second, x);
+  }
+}
+
+template <int BITS, int STEPS, int TOKENS>
+void multiply(const Weight& w, const Activations& a, const Rows& given, int64_t token,
+              __m512 (&total)[2][TOKENS]) {
+  const Rows rows = given;  // a copy the stores below cannot alias
   const int64_t q_stride = a.n_steps * kStep;
-  const int64_t span_stride = w.n_groups * a.spans_per_group;
   const int16_t* q = a.q + token * q_stride;
-  const float* span_scale = a.span_scale + token * span_stride;
+  const float* span_scale = a.span_scale + token * a.n_spans;
   const float* group_sum = a.group_sum + token * w.n_groups;
+  // Spans that end this many words before the row does need no care in loading.
+  const int64_t careful = w.row_words - STEPS * BITS - 8;
 
-  const int64_t last = a.n_steps - 1;
-  const __mmask16 all = low_words(BITS);
-  const __mmask16 ending = low_words(w.row_words - last * BITS);
-  const int64_t group_steps = (w.group_size + kStep - 1) / kStep;
-  const __m512 share = _mm512_set1_ps(1.0f / 16);  // each of 16 lanes carries its part of the zero
-
-  __m512 total[ROWS][TOKENS];
-  for (int r = 0; r < ROWS; ++r) {
+  for (int r = 0; r < 2; ++r) {
     for (int t = 0; t < TOKENS; ++t) total[r][t] = _mm512_setzero_ps();
   }
-  int64_t step = 0;
+  int64_t span = 0;
+  int64_t word = 0;
   for (int64_t group = 0; group < w.n_groups; ++group) {
-    const int64_t group_stop =
-        step + group_steps < a.n_steps ? step + group_steps : a.n_steps;
-    __m512 sum[ROWS][TOKENS];
+    __m512 sum[2][TOKENS];
     for (int t = 0; t < TOKENS; ++t) {
-      const __m512 part = _mm512_mul_ps(share, _mm512_set1_ps(group_sum[t * w.n_groups + group]));
-      for (int r = 0; r < ROWS; ++r) {
-        sum[r][t] = _mm512_mul_ps(part, _mm512_set1_ps(-zeros[group * kTileRows + r]));
+      const __m512 inputs = _mm512_set1_ps(group_sum[t * w.n_groups + group]);
+      for (int r = 0; r < 2; ++r) {
+        sum[r][t] = _mm512_mul_ps(inputs, _mm512_set1_ps(rows.zeros[r][group * kTileRows]));
       }
     }
-    for (int64_t span = group * a.spans_per_group; step < group_stop; ++span) {
-      const int64_t stop = step + kSpanSteps < group_stop ? step + kSpanSteps : group_stop;
-      __m512i products[ROWS][TOKENS];
-      for (int r = 0; r < ROWS; ++r) {
+    const int64_t all = span + a.spans_per_group;
+    const int64_t stop = all < a.n_spans ? all : a.n_spans;
+    for (; span < stop; ++span) {
+      __m512i products[2][TOKENS];
+      for (int r = 0; r < 2; ++r) {
         for (int t = 0; t < TOKENS; ++t) products[r][t] = _mm512_setzero_si512();
       }
-      for (; step < stop; ++step) {
-        const __mmask16 present = step == last ? ending : all;
-        __m512i weights[ROWS];
-        for (int r = 0; r < ROWS; ++r) {
-          weights[r] = unpack_step<BITS>(codes + r * w.row_words + step * BITS, present);
+      if (word <= careful) {
+#pragma GCC unroll 4
+        for (int step = 0; step < STEPS; ++step, word += BITS, q += kStep) {
+          add_step<BITS, TOKENS>(rows, word, kWordBits, q, q_stride, products);
         }
-        for (int t = 0; t < TOKENS; ++t) {
-          const __m512i x = _mm512_loadu_si512(q + t * q_stride + step * kStep);
-          for (int r = 0; r < ROWS; ++r) {
-            products[r][t] = _mm512_dpwssd_epi32(products[r][t], weights[r], x);
-          }
+      } else {
+        for (int step = 0; step < STEPS && word < w.row_words; ++step, word += BITS, q += kStep) {
+          add_step<BITS, TOKENS>(rows, word, w.row_words - word, q, q_stride, products);
         }
       }
       for (int t = 0; t < TOKENS; ++t) {
-        const __m512 scale = _mm512_set1_ps(span_scale[t * span_stride + span]);
-        for (int r = 0; r < ROWS; ++r) {
+        const __m512 scale = _mm512_set1_ps(span_scale[t * a.n_spans + span]);
+        for (int r = 0; r < 2; ++r) {
           sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][t]), scale, sum[r][t]);
         }
       }
     }
-    for (int r = 0; r < ROWS; ++r) {
-      const __m512 scale = half_everywhere(scales[r * w.n_groups + group]);
+    for (int r = 0; r < 2; ++r) {
+      const __m512 scale = _mm512_set1_ps(rows.scales[r][group]);
       for (int t = 0; t < TOKENS; ++t) {
         total[r][t] = _mm512_fmadd_ps(sum[r][t], scale, total[r][t]);
       }
     }
   }
-  for (int r = 0; r < ROWS; ++r) {
-    const float bias = w.bias ? w.bias[row + r] : 0.0f;
+}
+
+// y for two rows (the same one twice: the second result overwrites the first) and TOKENS tokens.
+template <int BITS, int STEPS, int TOKENS>
+void store(const Weight& w, const Activations& a, const Rows& rows, const int64_t (&row)[2],
+           int64_t token, float* y) {
+  __m512 total[2][TOKENS];
+  multiply<BITS, STEPS, TOKENS>(w, a, rows, token, total);
+  for (int r = 0; r < 2; ++r) {
+    const float bias = w.bias ? w.bias[row[r]] : 0.0f;
     for (int t = 0; t < TOKENS; ++t) {
-      y[(token + t) * w.out_features + row + r] = _mm512_reduce_add_ps(total[r][t]) + bias;
+      y[(token + t) * w.out_features + row[r]] = _mm512_reduce_add_ps(total[r][t]) + bias;
     }
   }
 }
 
-template <int BITS, int ROWS>
-void multiply_tokens(const Weight& w, const Activations& a, int64_t row, const float* zeros,
-                     float* y) {
-  int64_t token = 0;
-  for (; token + 4 <= a.n_tokens; token += 4) multiply<BITS, ROWS, 4>(w, a, row, token, zeros, y);
-  for (; token + 2 <= a.n_tokens; token += 2) multiply<BITS, ROWS, 2>(w, a, row, token, zeros, y);
-  for (; token < a.n_tokens; ++token) multiply<BITS, ROWS, 1>(w, a, row, token, zeros, y);
+template <int BITS, int STEPS>
+void tile(const Weight& w, const Activations& a, int64_t first_row, int64_t n_rows,
+          float* scratch, float* y) {
+  float* zeros = scratch;
+  float* scales = scratch + w.n_groups * kTileRows;
+  tile_zeros<BITS>(w, first_row, zeros);
+  for (int64_t place = 0; place < n_rows; place += 2) {
+    Rows rows;
+    int64_t row[2];
+    for (int r = 0; r < 2; ++r) {
+      const int64_t here = place + r < n_rows ? place + r : place;
+      row[r] = first_row + here;
+      float* row_scale = scales + r * (w.n_groups + 16);
+      row_scales(w.scales + row[r] * w.n_groups, w.n_groups, row_scale);
+      rows.codes[r] = w.codes + row[r] * w.row_words;
+      rows.zeros[r] = zeros + here;
+      rows.scales[r] = row_scale;
+    }
+    int64_t t = 0;
+    for (; t + 4 <= a.n_tokens; t += 4) store<BITS, STEPS, 4>(w, a, rows, row, t, y);
+    for (; t + 2 <= a.n_tokens; t += 2) store<BITS, STEPS, 2>(w, a, rows, row, t, y);
+    for (; t < a.n_tokens; ++t) store<BITS, STEPS, 1>(w, a, rows, row, t, y);
+  }
 }
 
 template <int BITS>
-void tile(const Weight& w, const Activations& a, int64_t row, int64_t n_rows, float* scratch,
-          float* y) {
-  tile_zeros<BITS>(w, row, scratch);
-  int64_t r = 0;
-  for (; r + 2 <= n_rows; r += 2) multiply_tokens<BITS, 2>(w, a, row + r, scratch + r, y);
-  for (; r < n_rows; ++r) multiply_tokens<BITS, 1>(w, a, row + r, scratch + r, y);
+void tile_of(const Weight& w, const Activations& a, int64_t row, int64_t n_rows, float* scratch,
+             float* y) {
+  switch (a.span_steps) {
+    case 1: return tile<BITS, 1>(w, a, row, n_rows, scratch, y);
+    case 2: return tile<BITS, 2>(w, a, row, n_rows, scratch, y);
+    default: return tile<BITS, 4>(w, a, row, n_rows, scratch, y);
+  }
 }
 
 void linear_tile(const Weight& w, const Activations& a, int64_t row, int64_t n_rows,
                  float* scratch, float* y) {
   switch (w.bits) {
-    case 2: return tile<2>(w, a, row, n_rows, scratch, y);
-    case 3: return tile<3>(w, a, row, n_rows, scratch, y);
-    case 4: return tile<4>(w, a, row, n_rows, scratch, y);
-    case 5: return tile<5>(w, a, row, n_rows, scratch, y);
-    case 6: return tile<6>(w, a, row, n_rows, scratch, y);
-    case 7: return tile<7>(w, a, row, n_rows, scratch, y);
-    default: return tile<8>(w, a, row, n_rows, scratch, y);
+    case 2: return tile_of<2>(w, a, row, n_rows, scratch, y);
+    case 3: return tile_of<3>(w, a, row, n_rows, scratch, y);
+    case 4: return tile_of<4>(w, a, row, n_rows, scratch, y);
+    case 5: return tile_of<5>(w, a, row, n_rows, scratch, y);
+    case 6: return tile_of<6>(w, a, row, n_rows, scratch, y);
+    case 7: return tile_of<7>(w, a, row, n_rows, scratch, y);
+    default: return tile_of<8>(w, a, row, n_rows, scratch, y);
   }
 }
 
 template <int BITS>
 void unpack(const int32_t* words, int64_t n, uint8_t* codes) {
-  for (; n >= kStep; n -= kStep, words += BITS, codes += kStep) {
-    const __m512i step = unpack_step<BITS>(words, low_words(BITS));
+  int64_t rest = (n * BITS + kWordBits - 1) / kWordBits;
+  for (; n >= kStep; n -= kStep, words += BITS, rest -= BITS, codes += kStep) {
+    const __m512i step = unpack_step<BITS>(words, rest);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm512_cvtepi16_epi8(step));
   }
   if (n > 0) {
-    const int64_t n_words = (n * BITS + kWordBits - 1) / kWordBits;
-    const __m512i step = unpack_step<BITS>(words, low_words(n_words));
+    const __m512i step = unpack_step<BITS>(words, rest);
     const __mmask32 present = static_cast<__mmask32>((1ull << n) - 1);
     _mm256_mask_storeu_epi8(codes, present, _mm512_cvtepi16_epi8(step));
   }

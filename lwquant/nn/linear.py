@@ -1,0 +1,139 @@
+"""A linear layer that keeps its weight packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lwquant import ops
+from lwquant.types import QuantizedWeight, QuantScheme, row_words
+
+
+class QuantizedLinear(nn.Module):
+    """y = x Wᵀ + bias with W = (codes − zeros) · scales, unpacked only while it is multiplied.
+
+    Buffers, the same in memory and in a file (bit layout: lwquant/ops/layout.py):
+        qweight: (out_features, row_words(in_features, bits)) int32.
+        scales: (out_features, n_groups) float16, whatever dtype the module is moved to.
+        zeros: (n_groups, row_words(out_features, bits)) int32; absent when symmetric.
+    Parameter:
+        bias: (out_features,) in the dtype of the model, or None.
+
+    There is no `weight`: use `dequantize()`. Gradients reach the input and the bias, not the codes.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: QuantScheme,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An empty layer to load into; `dtype` is that of the bias."""
+        super().__init__()
+        if scheme.is_float:
+            raise ValueError(f"scheme {scheme.label} is not a packed one")
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"a layer of {in_features} inputs, {out_features} outputs is empty")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        n_groups = scheme.n_groups(in_features)
+        code_words = row_words(in_features, scheme.bits)
+        zero_words = row_words(out_features, scheme.bits)
+        words = {"dtype": torch.int32, "device": device}
+        self.register_buffer("qweight", torch.zeros(out_features, code_words, **words))
+        scales = torch.zeros(out_features, n_groups, dtype=torch.float16, device=device)
+        self.register_buffer("scales", scales)
+        zeros = None if scheme.symmetric else torch.zeros(n_groups, zero_words, **words)
+        self.register_buffer("zeros", zeros)
+        empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty)
+
+    @classmethod
+    def from_weight(cls, quantized: QuantizedWeight, bias: Tensor | None) -> QuantizedLinear:
+        """The layer that computes with `quantized`; `bias` (out_features,) keeps its dtype."""
+        scheme = quantized.scheme
+        out_features, in_features = quantized.codes.shape
+        _check_symmetric_zeros(quantized)
+        layer = cls(in_features, out_features, scheme, bias=False)
+        layer.qweight = ops.pack(quantized.codes, scheme.bits)
+        layer.scales = quantized.scales.detach().clone()
+        if not scheme.symmetric:
+            layer.zeros = ops.pack(quantized.zeros.T.contiguous(), scheme.bits)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features), in the dtype of x, computed in float32."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return self._differentiable(x)
+        y: Tensor = torch.ops.lwquant.linear(
+            x,
+            self.qweight,
+            self.scales,
+            self.zeros,
+            self.bias,
+            self.scheme.bits,
+            self.scheme.group_size,
+        )
+        return y
+
+    def dequantize(self) -> Tensor:
+        """The weight, (out_features, in_features) float32."""
+        weight: Tensor = torch.ops.lwquant.dequantize(
+            self.qweight,
+            self.scales,
+            self.zeros,
+            self.scheme.bits,
+            self.scheme.group_size,
+            self.in_features,
+        )
+        return weight
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" scheme={self.scheme.label}, bias={self.bias is not None}"
+        )
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        # The packed operator has no backward; this has, at the cost of one whole float32 weight.
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(x.float(), self.dequantize(), bias).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        # `.to(dtype)`, `.half()`, `.bfloat16()` would convert the scales and lose bits; as integers
+        # they are moved like any buffer but never converted.
+        self._buffers["scales"] = self.scales.view(torch.int16)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers["scales"] = self.scales.view(torch.float16)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As every module, but scales of another dtype are refused rather than rounded."""
+        given = state_dict.get(prefix + "scales")
+        if isinstance(given, Tensor) and given.dtype != torch.float16:
+            raise ValueError(f"{prefix}scales is {given.dtype}, expected torch.float16")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_symmetric_zeros(quantized: QuantizedWeight) -> None:
+    middle = 2 ** (quantized.scheme.bits - 1)
+    if quantized.scheme.symmetric and bool((quantized.zeros != middle).any()):
+        raise ValueError(
+            f"scheme {quantized.scheme.label} is symmetric, but not every zero is {middle}"
+        )
