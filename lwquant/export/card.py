@@ -194,7 +194,7 @@ def _settings(values: Mapping[str, Any]) -> str:
     >>> _settings({"name": "gptq", "damping": 0.01, "text": "/home/ann/a.txt"})
     '`gptq`, damping = 0.01, text = a.txt'
     """
-    rest = [f"{key} = {mask(str(value))}" for key, value in values.items() if key != "name"]
+    rest = [f"{key} = {value}" for key, value in values.items() if key != "name"]
     name = [f"`{values['name']}`"] if "name" in values else []
     return _line(", ".join(name + rest))
 

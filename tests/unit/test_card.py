@@ -101,6 +101,7 @@ def test_optional_fields_may_be_absent_and_unknown_ones_present():
     [
         (["bpw"], "3.5", "'bpw' is '3.5', not a finite number"),
         (["bpw"], True, "not a finite number"),
+        (["bpw"], float("nan"), "not a finite number"),
         (["seed"], 1.5, "not a whole number"),
         (["notes"], "all well", "not a list of strings"),
         (["calibration"], [], "'calibration' is \\[\\], not an object"),
@@ -248,7 +249,7 @@ def test_the_license_is_the_one_of_the_base_model():
     found = front_matter(model_card(RECORD, None, FILES, license=stated))
     assert (found["license"], found["license_name"]) == ("other", 'a "b": c')
     assert "license_link" not in found and found["tags"][0] == "lwquant"
-    assert license_of(None) == {}
+    assert license_of(None) == license_of({"license_name": "x"}) == {}
 
 
 def test_the_table_sets_the_original_beside_the_quantized():
