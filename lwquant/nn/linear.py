@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwquant import ops
@@ -77,8 +76,6 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features), in the dtype of x, computed in float32."""
-        if x.requires_grad and torch.is_grad_enabled():
-            return self._differentiable(x)
         y: Tensor = torch.ops.lwquant.linear(
             x,
             self.qweight,
@@ -107,11 +104,6 @@ class QuantizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features},"
             f" scheme={self.scheme.label}, bias={self.bias is not None}"
         )
-
-    def _differentiable(self, x: Tensor) -> Tensor:
-        # The packed operator has no backward; this has, at the cost of one whole float32 weight.
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(x.float(), self.dequantize(), bias).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # `.to(dtype)`, `.half()`, `.bfloat16()` would convert the scales and lose bits; as integers

@@ -4,6 +4,7 @@ Each has a plain-torch meaning (layout.py, reference.py). The compiled CPU kerne
 bit, except `linear`, which equals it to the bound stated in native.py.
 """
 
+import lwquant.ops.gradient  # noqa: F401  (registers the backward of linear)
 from lwquant.ops.native import UncompiledWarning, available_isas, compiled, isa, set_isa
 from lwquant.ops.schema import dequantize, linear, pack, unpack
 

@@ -37,10 +37,11 @@ def pack_reference(codes: Tensor, bits: int) -> Tensor:
         spread = runs[:, :, k].to(torch.int32) << shift  # a code touches two bytes at most
         stream[:, :, byte] |= spread & 0xFF
         stream[:, :, byte + 1] |= spread >> 8
-    n_bytes = row_words(n_codes, bits) * _WORD_BYTES
     data = stream[:, :, :bits].to(torch.uint8).reshape(rows, n_runs * bits)
-    data = F.pad(data, (0, max(0, n_bytes - data.shape[1])))[:, :n_bytes]
-    return data.contiguous().view(torch.int32)
+    words = torch.zeros(rows, row_words(n_codes, bits), dtype=torch.int32, device=codes.device)
+    n_bytes = min(words.shape[1] * _WORD_BYTES, data.shape[1])  # what either has more is zero
+    words.view(torch.uint8)[:, :n_bytes] = data[:, :n_bytes]
+    return words
 
 
 def unpack_reference(packed: Tensor, bits: int, n_codes: int) -> Tensor:

@@ -1,0 +1,34 @@
+"""The gradient of `lwquant::linear` with respect to its input and bias; the codes have none.
+
+The weight stays packed between forward and backward, and is dequantized once in backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwquant.ops.schema import LIBRARY, dequantize
+
+_N_INPUTS = 7
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scales, zeros, bias, bits, group_size = inputs
+    ctx.save_for_backward(qweight, scales, zeros)
+    ctx.layout = (bits, group_size, x.shape[-1])
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    qweight, scales, zeros = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * _N_INPUTS
+    if ctx.needs_input_grad[0]:
+        weight = dequantize(qweight, scales, zeros, *ctx.layout)
+        grads[0] = (grad.float() @ weight).to(grad.dtype)
+    if ctx.needs_input_grad[4]:
+        grads[4] = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return tuple(grads)
+
+
+torch.library.register_autograd("lwquant::linear", _backward, setup_context=_setup, lib=LIBRARY)

@@ -1,0 +1,257 @@
+"""The packed matmul: plain torch and every compiled path against a float64 oracle.
+
+The bound. One output is Σ_groups scale · Σ (code − zero) · x.
+- The integer kernels hold x as 16-bit integers, in steps of max|x| / 32767 of its group (or of a
+  part of it): half a step each, and 1 % of a step for the float32 arithmetic that finds it.
+- Everything else is float32: relative 2⁻²⁴ per addition on sums of (code + zero) · |x| · scale,
+  because the kernels subtract the zeros' part; at most in_features / 8 + 2 n_groups + 16 additions
+  follow one another.
+- The result is rounded to the dtype of x.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from lwquant import ops
+from lwquant.errors import LwquantError
+from lwquant.ops.native import MAX_KERNEL_TOKENS
+from lwquant.ops.reference import dequantize_reference, linear_reference
+from lwquant.types import WIDTHS
+
+STEP = 1 / 32767
+TINIEST = 2.0**-100  # groups of smaller activations are resolved as if this were their largest
+
+
+@pytest.fixture(params=ops.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = ops.isa()
+    ops.set_isa(request.param)
+    yield request.param
+    ops.set_isa(before)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A random layer, unpacked and packed."""
+
+    bits: int
+    group_size: int
+    codes: Tensor  # (out, in)
+    zero_codes: Tensor  # (out, n_groups)
+    scales: Tensor
+    symmetric: bool
+    bias: Tensor | None
+
+    @property
+    def group(self) -> Tensor:
+        return torch.arange(self.codes.shape[1]) // self.group_size
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        zeros = None if self.symmetric else ops.pack(self.zero_codes.T.contiguous(), self.bits)
+        return ops.pack(self.codes, self.bits), self.scales, zeros
+
+    def linear(self, x: Tensor) -> Tensor:
+        return ops.linear(x, *self.stored, self.bias, self.bits, self.group_size)
+
+    def oracle(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Results and how far from them a kernel may be, both (tokens, out) float64."""
+        x, group = x.double(), self.group
+        n_groups = int(group[-1]) + 1
+        codes = self.codes.double()
+        zeros = self.zero_codes.double()[:, group]
+        scales = self.scales.double()[:, group]
+        exact = x @ ((codes - zeros) * scales).T
+        if self.bias is not None:
+            exact += self.bias.double()
+        largest = [x[:, group == g].abs().amax(1).clamp(min=TINIEST) for g in range(n_groups)]
+        half_step = 0.51 * STEP * torch.stack(largest, 1)[:, group]
+        error = half_step @ ((codes - zeros) * scales).abs().T
+        additions = x.shape[1] / 8 + 2 * n_groups + 16
+        error += additions * 2**-24 * (x.abs() @ ((codes + zeros) * scales.abs()).T + exact.abs())
+        return exact, error
+
+
+def random_layer(
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool = False,
+    bias: bool = False,
+    seed: int = 0,
+) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+    n_groups = -(-in_features // group_size)
+    shape = (out_features, n_groups)
+    zeros = torch.randint(0, 2**bits, shape, generator=generator).to(torch.uint8)
+    return Layer(
+        bits=bits,
+        group_size=group_size,
+        codes=torch.randint(0, 2**bits, (out_features, in_features), generator=generator).byte(),
+        zero_codes=torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros,
+        scales=(torch.rand(shape, generator=generator) * 0.1 + 0.001).half(),
+        symmetric=symmetric,
+        bias=torch.randn(out_features, generator=generator) if bias else None,
+    )
+
+
+def random_inputs(n_tokens: int, in_features: int, seed: int = 1) -> Tensor:
+    return torch.randn(n_tokens, in_features, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_within_bound(layer: Layer, x: Tensor) -> None:
+    exact, error = layer.oracle(x)
+    rounding = torch.finfo(x.dtype)
+    error = error + exact.abs() * rounding.eps / 2 + rounding.smallest_normal * rounding.eps
+    got = layer.linear(x)
+    assert got.dtype == x.dtype
+    worst = ((got.double() - exact).abs() / error).max().item()
+    assert worst <= 1, f"{worst:.3g} times the bound"
+
+
+SHAPES = [(33, 1000), (7, 65), (64, 576), (1, 1), (40, 256)]
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["zeros", "symmetric"])
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 256, 48, 7, 10_000])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_matmul_is_within_its_bound(isa, bits, group_size, symmetric):
+    for out_features, in_features in SHAPES:
+        layer = random_layer(
+            out_features, in_features, bits, group_size, symmetric=symmetric, bias=True
+        )
+        for n_tokens in (1, 3, 7):
+            assert_within_bound(layer, random_inputs(n_tokens, in_features))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_result_has_the_dtype_of_the_input(isa, bits, dtype):
+    layer = random_layer(33, 320, bits, 64, bias=True)
+    for n_tokens in (1, 4, MAX_KERNEL_TOKENS, MAX_KERNEL_TOKENS + 1):
+        assert_within_bound(layer, random_inputs(n_tokens, 320).to(dtype))
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e4, 1e-20, 1e-30, 1e-38, 1e-43, 0.0])
+def test_huge_tiny_and_zero_inputs_keep_the_bound(isa, factor):
+    for bits in (2, 4, 8):
+        assert_within_bound(random_layer(9, 200, bits, 64), random_inputs(3, 200) * factor)
+
+
+def test_one_massive_activation_does_not_blur_the_other_groups(isa):
+    layer = random_layer(16, 256, 8, 32)
+    x = random_inputs(2, 256)
+    x[:, 5] = 3e5  # the bound is per group, so it stays small wherever this weight is not read
+    layer.codes[:, 5] = layer.zero_codes[:, 0]
+    assert_within_bound(layer, x)
+    x[:, :32] = 0
+    calm, _ = layer.oracle(x)
+    assert (layer.linear(x).double() - calm).abs().max() < 0.01
+
+
+def test_subnormal_and_largest_scales_are_used_as_they_are(isa):
+    layer = random_layer(4, 96, 4, 32)
+    layer.scales[0] = 2.0**-24
+    layer.scales[1] = 2.0**-15
+    layer.scales[2] = 65504.0
+    layer.scales[3] = 0.0
+    assert_within_bound(layer, random_inputs(2, 96))
+
+
+def test_infinite_and_nan_inputs_give_what_plain_torch_gives(isa):
+    layer = random_layer(5, 128, 4, 64)
+    x = random_inputs(3, 128)
+    x[0, 7], x[1, 70] = float("inf"), float("nan")
+    expected = linear_reference(x, *layer.stored, None, 4, 64)
+    assert not expected[:2].isfinite().any() and expected[2].isfinite().all()
+    torch.testing.assert_close(layer.linear(x), expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_dequantizing_equals_plain_torch_bit_for_bit(isa, bits):
+    for (out_features, in_features), group_size in zip(SHAPES, (64, 32, 48, 1, 7), strict=True):
+        layer = random_layer(out_features, in_features, bits, group_size)
+        got = ops.dequantize(*layer.stored, bits, group_size, in_features)
+        assert torch.equal(got, dequantize_reference(*layer.stored, bits, group_size, in_features))
+        steps = layer.codes.float() - layer.zero_codes.float()[:, layer.group]
+        assert torch.equal(got, steps * layer.scales.float()[:, layer.group])
+
+
+def test_plain_torch_is_within_the_bound_too():
+    for bits in WIDTHS:
+        layer = random_layer(33, 1000, bits, 48, bias=True)
+        x = random_inputs(5, 1000)
+        exact, error = layer.oracle(x)
+        got = linear_reference(x, *layer.stored, layer.bias, bits, 48)
+        assert ((got - exact).abs() <= error).all()
+
+
+def test_a_batch_cut_differently_gives_the_same_rows(isa):
+    layer = random_layer(40, 192, 3, 64)
+    x = random_inputs(12, 192)
+    whole = layer.linear(x)
+    assert torch.equal(torch.cat([layer.linear(x[:5]), layer.linear(x[5:])]), whole)
+    assert torch.equal(layer.linear(x.reshape(2, 3, 2, 192)), whole.reshape(2, 3, 2, 40))
+    assert torch.equal(layer.linear(x[0]), whole[0])
+
+
+def test_empty_batches_give_empty_results(isa):
+    layer = random_layer(8, 64, 4, 32)
+    for shape in ((0, 64), (3, 0, 64)):
+        got = layer.linear(torch.empty(shape, dtype=torch.bfloat16))
+        assert got.shape == (*shape[:-1], 8) and got.dtype == torch.bfloat16
+
+
+def test_inputs_with_strides_are_read_as_they_are(isa):
+    layer = random_layer(24, 128, 5, 64, bias=True)
+    wide = random_inputs(6, 256)
+    for view in (wide[:, ::2], wide[::2, :128], random_inputs(128, 4).T):
+        assert not view.is_contiguous()
+        assert torch.equal(layer.linear(view), layer.linear(view.contiguous()))
+
+
+def test_more_tokens_than_the_kernel_takes_go_through_panels_of_any_size(isa, monkeypatch):
+    monkeypatch.setattr("lwquant.ops.native.PANEL_BYTES", 4 * 200 * 7)  # 7 rows, the last has 5
+    for group_size in (64, 48):
+        layer = random_layer(40, 200, 3, group_size, bias=True)
+        assert_within_bound(layer, random_inputs(MAX_KERNEL_TOKENS + 5, 200))
+
+
+GOOD = {
+    "x": torch.zeros(2, 100),
+    "qweight": torch.zeros(8, 13, dtype=torch.int32),
+    "scales": torch.zeros(8, 4, dtype=torch.float16),
+    "zeros": torch.zeros(4, 1, dtype=torch.int32),
+    "bias": torch.zeros(8),
+    "bits": 4,
+    "group_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", torch.zeros(2, 100, dtype=torch.int64), "x must be .*int64"),
+        ("x", torch.tensor(1.0), r"x must be .* got \(\)"),
+        ("x", torch.zeros(2, 200), r"qweight has shape \(8, 13\), expected \(8, 25\)"),
+        ("qweight", torch.zeros(8, 13), "qweight must be .* torch.int32, got .*float32"),
+        ("qweight", torch.zeros(8, 12, dtype=torch.int32), r"qweight has .*expected \(8, 13\)"),
+        ("scales", torch.zeros(8, 4), "scales is torch.float32, expected torch.float16"),
+        ("scales", torch.zeros(8, 3).half(), r"scales has shape \(8, 3\), expected \(8, 4\)"),
+        ("zeros", torch.zeros(1, 4, dtype=torch.int32), r"zeros has shape \(1, 4\), expected"),
+        ("zeros", torch.zeros(4, 1), "zeros is torch.float32, expected torch.int32"),
+        ("bias", torch.zeros(7), r"bias must be \(8,\)"),
+        ("bits", 1, "bits=1 is not one of"),
+        ("group_size", 0, "group_size=0 must be at least 1"),
+    ],
+)
+def test_a_layer_that_does_not_fit_is_refused_with_what_was_expected(name, value, message):
+    assert ops.linear(*GOOD.values()).shape == (2, 8)
+    with pytest.raises(LwquantError, match=message):
+        ops.linear(*(GOOD | {name: value}).values())
