@@ -45,6 +45,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **{**_ROTARY, "num_hidden_layers": 3},
         head_dim=16,
         query_pre_attn_scalar=16,
+        final_logit_softcapping=4.0,
         sliding_window=SLIDING_WINDOW,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lwquant.evaluate.measure import compare
 from lwquant.evaluate.reference import CACHE_FOLDER
 from lwquant.evaluate.subject import FloatModel, Subject, open_subject
 from lwquant.evaluate.windows import check_lengths, evenly_spread_windows, strided_windows
+from lwquant.matmul import fast_float32
 from lwquant.model.checkpoint import resolve
 from lwquant.progress import Progress, silent
 
@@ -38,9 +40,9 @@ class Evaluation:
     def to_json(self) -> str:
         """One object with the fields above as keys, in this order.
 
-        A perplexity beyond every float is null: JSON has no infinity.
+        A number beyond every float is null: JSON has no infinity.
         """
-        finite = {k: None if v == float("inf") else v for k, v in asdict(self).items()}
+        finite = {k: None if v == math.inf else v for k, v in asdict(self).items()}
         return json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -77,14 +79,17 @@ def evaluate(
     _check_fits(subject, tokens, seq_len, str(model))
     folder = None if cache is None else Path(cache)
 
-    other = None
+    original = None
     if reference is not None:
         original = _open_reference(reference, subject, device)
         names = f"reference {reference} and model {model}"
         _check_same_tokens(original, subject, tokens, content, names)
-        other = original.predictions(tested, folder, progress)
-    mine = subject.predictions(tested, folder, progress)
-    found = compare(mine, tested, reference=other, counted=counted, progress=progress)
+    with fast_float32():
+        mine = subject.predictions(tested, folder, progress)
+        other = mine if original is subject else None
+        if original is not None and other is None:
+            other = original.predictions(tested, folder, progress)
+        found = compare(mine, tested, reference=other, counted=counted, progress=progress)
     return Evaluation(
         perplexity=found.perplexity,
         reference_perplexity=found.reference_perplexity,

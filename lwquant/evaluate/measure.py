@@ -54,7 +54,7 @@ def compare(
         counted: (n, seq_len - 1) bool, which predictions count; all by default.
 
     Log-probabilities are float32, sums float64. Raises CheckpointError where the logits of model
-    and reference differ in width.
+    and reference differ in width, and where they are NaN.
     """
     sums = _Sums()
     n_windows, n_predicted = len(windows), windows.shape[1] - 1
@@ -119,7 +119,10 @@ def _chunks(n_tokens: int) -> Iterator[slice]:
 
 def _log_probs(head: Head, hidden: Tensor) -> Tensor:
     """(m, vocab) for hidden states (m, hidden)."""
-    return head(hidden[None])[0].float().log_softmax(-1)
+    log_probs = head(hidden[None])[0].float().log_softmax(-1)
+    if log_probs.isnan().any():
+        raise CheckpointError("the model's logits are NaN or infinite")
+    return log_probs
 
 
 def _loss(log_probs: Tensor, targets: Tensor) -> float:
