@@ -133,8 +133,11 @@ def test_a_folders_record_is_drawn_like_the_plan_it_came_from(tmp_path, figures)
     assert [text.get_text() for text in figures[0].axes[0].texts] == ["4", "16"]
 
 
-def test_drawing_does_not_touch_pyplot(tmp_path):
+def test_drawing_does_not_import_pyplot(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name == "matplotlib.pyplot"]:
+        monkeypatch.delitem(sys.modules, name)  # of some other test
     plot_sweep(ROWS, tmp_path / "sweep.png")
+    plot_bits(plan_of(2), tmp_path / "bits.png")
     assert "matplotlib.pyplot" not in sys.modules
 
 
