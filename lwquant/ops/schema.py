@@ -100,8 +100,7 @@ def _check_linear(
     _check_layer(qweight, scales, zeros, bits, group_size, x.shape[-1])
     if bias is not None and (bias.dtype not in _FLOATS or bias.shape != (qweight.shape[0],)):
         raise LwquantError(
-            f"bias must be ({qweight.shape[0]},) of {_FLOATS},"
-            f" got {tuple(bias.shape)} {bias.dtype}"
+            f"bias must be ({qweight.shape[0]},) of {_FLOATS}, got {tuple(bias.shape)} {bias.dtype}"
         )
     for tensor in (qweight, scales, zeros, bias):
         if tensor is not None and tensor.device != x.device:

@@ -1,0 +1,187 @@
+"""The operators as torch sees them: tracing, gradients, threads, forks, memory."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lwquant import ops
+from lwquant.ops import native
+from lwquant.ops.reference import linear_reference
+
+Layer = tuple[Tensor, Tensor, Tensor | None]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_layer(out_features: int, in_features: int, bits: int, group_size: int) -> Layer:
+    n_groups = -(-in_features // group_size)
+    codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8)
+    zeros = torch.randint(0, 2**bits, (n_groups, out_features), dtype=torch.uint8)
+    scales = torch.rand(out_features, n_groups).half()
+    return ops.pack(codes, bits), scales, ops.pack(zeros, bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operators_keep_their_promises_to_torch(dtype):
+    qweight, scales, zeros = random_layer(8, 40, 3, 32)
+    x, bias = torch.randn(2, 3, 40, dtype=dtype), torch.randn(8)
+    torch.library.opcheck(torch.ops.lwquant.pack, (torch.zeros(2, 5, dtype=torch.uint8), 3))
+    torch.library.opcheck(torch.ops.lwquant.unpack, (qweight, 3, 40))
+    torch.library.opcheck(torch.ops.lwquant.dequantize, (qweight, scales, zeros, 3, 32, 40))
+    torch.library.opcheck(torch.ops.lwquant.linear, (x, qweight, scales, zeros, bias, 3, 32))
+    x.requires_grad_(), bias.requires_grad_()
+    torch.library.opcheck(torch.ops.lwquant.linear, (x, qweight, scales, None, bias, 3, 32))
+
+
+def test_compiling_leaves_the_result_as_it_is():
+    layer = random_layer(16, 64, 4, 32)
+
+    def two_calls(x: Tensor) -> Tensor:
+        return ops.linear(x.relu(), *layer, None, 4, 32) * 2 + 1
+
+    compiled = torch.compile(two_calls, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n_tokens in (1, 5):
+        x = torch.randn(n_tokens, 64)
+        assert torch.equal(compiled(x), two_calls(x))
+
+
+def test_gradients_are_those_of_the_dequantized_weight():
+    layer = random_layer(6, 40, 3, 32)
+    x = torch.randn(2, 3, 40, requires_grad=True)
+    bias = torch.randn(6, requires_grad=True)
+    direction = torch.randn(2, 3, 6)
+    expected = torch.autograd.grad(linear_reference(x, *layer, bias, 3, 32), (x, bias), direction)
+    got = torch.autograd.grad(ops.linear(x, *layer, bias, 3, 32), (x, bias), direction)
+    torch.testing.assert_close(got, expected)
+
+
+def test_python_threads_and_kernel_threads_do_not_disturb_each_other(two_threads):
+    layers = [random_layer(1024, 512, bits, 64) for bits in (2, 4, 8)]
+    inputs = [torch.randn(2, 512) for _ in layers]
+    sizes = (2, 4, 8)
+    torch.set_num_threads(1)
+    expected = [
+        ops.linear(x, *layer, None, bits, 64)
+        for x, layer, bits in zip(inputs, layers, sizes, strict=True)
+    ]
+    torch.set_num_threads(2)
+    wrong: list[int] = []
+
+    def repeat(which: int) -> None:
+        for _ in range(50):
+            got = ops.linear(inputs[which], *layers[which], None, sizes[which], 64)
+            if not torch.equal(got, expected[which]):
+                wrong.append(which)
+
+    workers = [threading.Thread(target=repeat, args=(i % 3,)) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_computes_although_the_helpers_stayed_with_the_parent(two_threads):
+    layer = random_layer(1024, 512, 4, 64)
+    x = torch.randn(1, 512)
+    expected = ops.linear(x, *layer, None, 4, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forking with threads
+        child = os.fork()
+    if child == 0:
+        same = torch.equal(ops.linear(x, *layer, None, 4, 64), expected)
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_thousands_of_calls_leave_no_memory_behind():
+    layer = random_layer(2048, 64, 4, 32)
+    x = torch.randn(8, 64, dtype=torch.bfloat16)
+
+    def resident_bytes() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def call(times: int) -> None:
+        for _ in range(times):
+            ops.linear(x, *layer, None, 4, 32)
+            ops.unpack(layer[0], 4, 64)
+
+    call(50)
+    before = resident_bytes()
+    call(2000)  # each makes more than 64 KB: all kept would be 128 MB
+    assert resident_bytes() - before < 2**23
+
+
+def test_no_kernel_reads_beyond_the_end_of_a_tensor():
+    # Each tensor ends where an unreadable page starts; a read beyond it kills the child.
+    script = """
+        import ctypes, mmap, torch
+        from lwquant import ops
+        libc = ctypes.CDLL(None, use_errno=True)
+        page, kept = mmap.PAGESIZE, []
+
+        def guarded(tensor):
+            size = tensor.numel() * tensor.element_size()
+            pages = -(-size // page)
+            memory = mmap.mmap(-1, (pages + 1) * page)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            assert libc.mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
+            kept.append(memory)
+            flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(),
+                                    offset=pages * page - size)
+            flat.copy_(tensor.flatten())
+            return flat.view(tensor.shape)
+
+        for isa in ops.available_isas():
+            ops.set_isa(isa)
+            for bits in range(2, 9):
+                for inputs in (1, 33, 100, 128, 160, 191):
+                    for group in (32, 48, 999):
+                        groups = -(-inputs // group)
+                        codes = torch.ones(3, inputs, dtype=torch.uint8)
+                        packed = guarded(ops.pack(guarded(codes), bits))
+                        zeros = guarded(ops.pack(torch.ones(groups, 3, dtype=torch.uint8), bits))
+                        scales = guarded(torch.ones(3, groups).half())
+                        x = guarded(torch.ones(2, inputs))
+                        y = ops.linear(x, packed, scales, zeros, None, bits, group)
+                        assert y.abs().max() < 1e-3  # code - zero is 0 everywhere
+                        assert torch.equal(ops.unpack(packed, bits, inputs), codes)
+        print("survived", flush=True)
+        import os; os._exit(0)  # the maps are still exported: do not tear them down
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "survived\n", (done.returncode, done.stderr[-2000:])
+
+
+def test_uncompiled_kernels_are_reported_once_and_change_nothing_but_speed(monkeypatch):
+    layer = random_layer(8, 64, 4, 32)
+    x = torch.randn(3, 64)
+    fast = ops.linear(x, *layer, None, 4, 32)
+    monkeypatch.setattr(native, "_kernels", None)
+    native.warn_uncompiled.cache_clear()
+    assert not ops.compiled() and ops.isa() == "python"
+    with pytest.warns(ops.UncompiledWarning, match="not compiled"):
+        slow = ops.linear(x, *layer, None, 4, 32)
+    ops.linear(x, *layer, None, 4, 32)  # a second warning would be an error
+    torch.testing.assert_close(slow, fast, rtol=0, atol=0.01)  # 64 inputs of steps up to 15
+    assert torch.equal(ops.pack(ops.unpack(layer[0], 4, 64), 4), layer[0])

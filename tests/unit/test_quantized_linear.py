@@ -1,0 +1,166 @@
+"""QuantizedLinear: the module around the packed operators."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lwquant.nn.linear import QuantizedLinear
+from lwquant.types import QuantizedWeight, QuantScheme
+
+SCHEMES = [
+    QuantScheme(2, 32),
+    QuantScheme(3, 64),
+    QuantScheme(5, 48),
+    QuantScheme(8, 1000),
+    QuantScheme(4, 64, symmetric=True),
+]
+by_label = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
+
+
+def random_weight(scheme: QuantScheme, out_features: int = 24, in_features: int = 100):
+    shape = (out_features, scheme.n_groups(in_features))
+    zeros = torch.randint(0, 2**scheme.bits, shape, dtype=torch.uint8)
+    return QuantizedWeight(
+        scheme=scheme,
+        codes=torch.randint(0, 2**scheme.bits, (out_features, in_features), dtype=torch.uint8),
+        scales=(torch.rand(shape) * 0.1 + 1e-6).half(),
+        zeros=torch.full_like(zeros, 2 ** (scheme.bits - 1)) if scheme.symmetric else zeros,
+    )
+
+
+def assert_same_state(one: nn.Module, other: nn.Module) -> None:
+    left, right = one.state_dict(), other.state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name], right[name]), name
+
+
+@by_label
+def test_it_computes_with_the_dequantized_weight(scheme):
+    quantized = random_weight(scheme)
+    bias = torch.randn(24)
+    layer = QuantizedLinear.from_weight(quantized, bias)
+    assert torch.equal(layer.dequantize(), quantized.dequantize())
+    x = torch.randn(2, 3, 100)
+    torch.testing.assert_close(
+        layer(x), F.linear(x, quantized.dequantize(), bias), rtol=1e-3, atol=1e-3
+    )
+
+
+@by_label
+def test_an_empty_layer_has_the_tensors_that_a_state_dict_fills(scheme):
+    full = QuantizedLinear.from_weight(random_weight(scheme), torch.randn(24))
+    empty = QuantizedLinear(100, 24, scheme, bias=True)
+    names = {"qweight", "scales", "bias"} | (set() if scheme.symmetric else {"zeros"})
+    assert set(empty.state_dict()) == names
+    empty.load_state_dict(full.state_dict())
+    assert_same_state(empty, full)
+    on_meta = QuantizedLinear(100, 24, scheme, bias=True, device="meta", dtype=torch.bfloat16)
+    assert all(t.is_meta for t in on_meta.state_dict().values())
+    assert on_meta.bias.dtype == torch.bfloat16
+    on_meta.load_state_dict(full.state_dict(), assign=True)
+    assert_same_state(on_meta, full)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        nn.Module.half,
+        nn.Module.bfloat16,
+        nn.Module.double,
+        nn.Module.float,
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to("cpu", torch.float32),
+        lambda m: m.bfloat16().float(),
+    ],
+)
+def test_changing_the_dtype_of_a_model_leaves_the_scales_as_stored(move):
+    quantized = random_weight(SCHEMES[1])
+    model = nn.Sequential(QuantizedLinear.from_weight(quantized, torch.randn(24)))
+    expected = move(nn.Linear(1, 1)).weight.dtype
+    move(model)
+    layer = model[0]
+    assert layer.scales.dtype == torch.float16 and torch.equal(layer.scales, quantized.scales)
+    assert torch.equal(layer.dequantize(), quantized.dequantize())
+    assert layer.bias.dtype == expected
+
+
+def test_moving_to_meta_and_back_by_to_empty_keeps_names_and_dtypes():
+    layer = QuantizedLinear.from_weight(random_weight(SCHEMES[0]), None)
+    dtypes = {name: t.dtype for name, t in layer.state_dict().items()}
+    moved = layer.to("meta").to_empty(device="cpu")
+    assert {name: t.dtype for name, t in moved.state_dict().items()} == dtypes
+
+
+@by_label
+def test_copies_and_saved_files_hold_the_same_tensors(scheme):
+    layer = QuantizedLinear.from_weight(random_weight(scheme), torch.randn(24))
+    twin = copy.deepcopy(layer)
+    assert_same_state(twin, layer)
+    twin.qweight.zero_()
+    assert layer.qweight.any()
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    loaded = QuantizedLinear(100, 24, scheme, bias=True)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(4, 100)
+    assert torch.equal(loaded(x), layer(x))
+
+
+def test_compiled_in_one_graph_it_gives_the_same_result():
+    layer = QuantizedLinear.from_weight(random_weight(SCHEMES[1]), torch.randn(24))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 100)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_gradients_pass_through_to_earlier_layers():
+    layer = QuantizedLinear.from_weight(random_weight(SCHEMES[2]), torch.randn(24))
+    x = torch.randn(2, 100, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(grad, layer.dequantize().sum(0).expand(2, -1))
+
+
+def test_the_stored_bytes_are_those_the_scheme_promises():
+    for scheme in SCHEMES:
+        layer = QuantizedLinear.from_weight(random_weight(scheme), None)
+        stored = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
+        assert stored * 8 == scheme.stored_bits(24, 100)
+
+
+def test_it_says_what_it_is():
+    layer = QuantizedLinear(100, 24, QuantScheme(3, 64), bias=False)
+    assert repr(layer) == (
+        "QuantizedLinear(in_features=100, out_features=24, scheme=3b-g64, bias=False)"
+    )
+
+
+def wrong_zeros() -> QuantizedWeight:
+    good = random_weight(QuantScheme(4, 64, symmetric=True))
+    return QuantizedWeight(good.scheme, good.codes, good.scales, good.zeros + 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: QuantizedLinear(8, 8, QuantScheme(16), bias=False), "16b is not a packed one"),
+        (lambda: QuantizedLinear(0, 8, QuantScheme(4), bias=False), "0 inputs, 8 outputs is empty"),
+        (lambda: QuantizedLinear.from_weight(wrong_zeros(), None), "not every zero is 8"),
+        (lambda: load_scales(torch.zeros(8, 1)), "scales is torch.float32, expected torch.float16"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def load_scales(scales: Tensor) -> None:
+    layer = QuantizedLinear(8, 8, QuantScheme(4, 64), bias=False)
+    layer.load_state_dict(layer.state_dict() | {"scales": scales})
