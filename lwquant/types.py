@@ -78,7 +78,9 @@ class QuantScheme:
             return cls(FLOAT_BITS)
         match = re.fullmatch(r"(\d+)b-g(\d+)(-sym)?", label)
         if match is None:
-            raise ValueError(f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym' or '16b'")
+            raise ValueError(
+                f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym' or '16b'"
+            )
         return cls(int(match[1]), int(match[2]), match[3] is not None)
 
     def n_groups(self, in_features: int) -> int:

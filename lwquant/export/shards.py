@@ -108,8 +108,7 @@ class ShardWriter:
             for entry in order:
                 self._spool.seek(entry.start)
                 self._copy(entry.n_bytes, shard)
-            self._spool.seek(0)
-            self._spool.truncate()
+            self._spool.seek(0)  # the next shard overwrites this one
         self._n_shards += 1
         self._current, self._current_bytes = [], 0
 

@@ -24,7 +24,7 @@ from lwquant.model.safetensors_header import Header, TensorEntry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-CHECKED_AT_ONCE = 2**20  # values; isfinite needs more memory than the values themselves
+CHECKED_AT_ONCE = 2**16  # values; isfinite makes temporaries as large as its input
 SAMPLE_BYTES = 4096  # read at each end of every tensor for the fingerprint
 # Never *.bin or *.py: nothing that is downloaded can run.
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")

@@ -92,10 +92,6 @@ def read_header(path: Path) -> Header:
 def _header_length(path: Path, prefix: bytes, file_bytes: int) -> int:
     if prefix == LFS_POINTER:
         raise CheckpointError(f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull`")
-    if len(prefix) < LENGTH_BYTES:
-        raise CheckpointError(
-            f"{path}: truncated: {file_bytes} bytes, a safetensors file has at least {LENGTH_BYTES}"
-        )
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(

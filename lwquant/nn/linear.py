@@ -50,12 +50,12 @@ class QuantizedLinear(nn.Module):
         n_groups = scheme.n_groups(in_features)
         code_words = row_words(in_features, scheme.bits)
         zero_words = row_words(out_features, scheme.bits)
-        words = {"dtype": torch.int32, "device": device}
-        self.register_buffer("qweight", torch.zeros(out_features, code_words, **words))
+        qweight = torch.zeros(out_features, code_words, dtype=torch.int32, device=device)
         scales = torch.zeros(out_features, n_groups, dtype=torch.float16, device=device)
+        zeros = torch.zeros(n_groups, zero_words, dtype=torch.int32, device=device)
+        self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
-        zeros = None if scheme.symmetric else torch.zeros(n_groups, zero_words, **words)
-        self.register_buffer("zeros", zeros)
+        self.register_buffer("zeros", None if scheme.symmetric else zeros)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty)
 

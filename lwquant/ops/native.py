@@ -47,7 +47,7 @@ def available_isas() -> tuple[str, ...]:
 
 
 def set_isa(name: str) -> None:
-    """Run on another instruction set from now on, in the whole process; for tests and benchmarks."""
+    """Run on another instruction set from now on, in the whole process (tests, benchmarks)."""
     if name not in available_isas():
         raise LwquantError(f"isa {name!r} is not one of {available_isas()}")
     if _kernels is not None:
@@ -108,9 +108,10 @@ def linear_native(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """As linear_reference. Differs from it by at most (README of this bound: test_ops_linear.py)
+    """As linear_reference, and apart from float32 summation no further from it than
 
-    Σ over groups of |scale| · Σ|code − zero| · max|x| · 2⁻¹⁶, and float32 summation.
+    Σ over groups of |scale| · max|x| · 0.51 / 32767 · Σ|code − zero|: the kernels hold x as 16-bit
+    integers. tests/unit/test_ops_linear.py derives the bound and holds every kernel to it.
     """
     in_features = x.shape[-1]
     out_features = qweight.shape[0]

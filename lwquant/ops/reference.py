@@ -40,6 +40,6 @@ def linear_reference(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x Wᵀ + bias computed in float32, in the dtype of x: (..., in_features) → (..., out_features)."""
+    """x Wᵀ + bias, (..., in_features) → (..., out_features): float32 inside, the dtype of x outside."""
     weight = dequantize_reference(qweight, scales, zeros, bits, group_size, x.shape[-1])
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)

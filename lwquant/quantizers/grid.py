@@ -64,9 +64,13 @@ def fit_grid(
         part = grouped[start : start + rows]
         weights = per_group.repeat(part.shape[0] // n_groups, 1)
         parts.append(_fit_rows(part, weights, scheme, search))
-    scales, zeros = (torch.cat(column).view(out_features, n_groups) for column in zip(*parts, strict=True))
+    scales, zeros = (
+        torch.cat(column).view(out_features, n_groups) for column in zip(*parts, strict=True)
+    )
     if not torch.isfinite(scales).all():
-        raise ValueError(f"a group of weights up to {weight.abs().max():.3g} overflows float16 scales")
+        raise ValueError(
+            f"a group of weights up to {weight.abs().max():.3g} overflows float16 scales"
+        )
     return Grid(scheme, scales, zeros)
 
 

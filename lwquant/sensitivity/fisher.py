@@ -17,6 +17,7 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.structure import as_linear
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_stats, walk_blocks, weight_changes
 from lwquant.types import QuantScheme
 
@@ -29,7 +30,7 @@ def fisher(
     *,
     seed: int = 0,
     progress: Progress = silent,
-) -> Tensor:
+) -> Measurement:
     """Costs (n_linears, n_schemes) in nats of KL per token, for tokens (n_samples, seq_len).
 
     Holds the inputs of all blocks for all tokens: n_blocks · n_samples · seq_len · hidden floats.
@@ -69,7 +70,7 @@ def fisher(
         inputs.pop()
     progress("sensitivity", "done", decoder.n_blocks, decoder.n_blocks)
     per_token = torch.cat(projections[::-1]).square().mean(2) / (2 * tokens.shape[1])
-    return per_token
+    return Measurement(per_token)
 
 
 def head_gradient(decoder: Decoder, last: Tensor, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_stats, walk_blocks, weight_changes
 from lwquant.sequential import chunks
 from lwquant.types import QuantScheme
@@ -36,7 +37,7 @@ def measured_kl(
     positions: int = 2,
     seed: int = 0,
     progress: Progress = silent,
-) -> Tensor:
+) -> Measurement:
     """Costs (n_linears, n_schemes) in nats of KL per token, for tokens (n_samples, seq_len).
 
     The activations up to the changed block are computed once; from there on the changed hidden
@@ -49,7 +50,9 @@ def measured_kl(
     """
     visits = [visit.inputs for visit in walk_blocks(decoder, tokens)]
     with torch.no_grad():
-        reference = _advance(decoder, range(decoder.n_blocks - 1, decoder.n_blocks), [visits[-1]])[0]
+        reference = _advance(decoder, range(decoder.n_blocks - 1, decoder.n_blocks), [visits[-1]])[
+            0
+        ]
     reference = reference[:, ::positions].clone()
     generator = torch.Generator().manual_seed(seed)
     rows: list[Tensor] = []
@@ -62,7 +65,7 @@ def measured_kl(
         kls = torch.tensor([_kl(decoder, reference, h[:, ::positions]) for h in finals])
         rows.append(_spread(kls.double(), scales, len(schemes)))
     progress("sensitivity", "done", decoder.n_blocks, decoder.n_blocks)
-    return torch.cat(rows)
+    return Measurement(torch.cat(rows))
 
 
 @torch.no_grad()
@@ -111,7 +114,12 @@ def _spread(kls: Tensor, entries: list[tuple[int, int, float]], n_schemes: int) 
 
 
 def _output_with(
-    decoder: Decoder, index: int, block: nn.Module, module: nn.Module, weight: Tensor, hidden: Tensor
+    decoder: Decoder,
+    index: int,
+    block: nn.Module,
+    module: nn.Module,
+    weight: Tensor,
+    hidden: Tensor,
 ) -> Tensor:
     set_weight(module, weight)
     output = torch.empty_like(hidden)

@@ -81,6 +81,8 @@ def killed_run(output: Path, signum: int) -> int:
     started, tell = os.pipe()
     child = os.fork()
     if child == 0:
+        # A shell that runs the tests in the background makes them ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with new_folder(output) as partial:
                 fill(partial)

@@ -1,0 +1,290 @@
+"""Perplexity and KL against bits on SmolLM2-135M: rounding, propagation, allocation, block order.
+
+    python benchmarks/quality.py            # every row that results/quality.csv does not have yet
+    python benchmarks/quality.py --only 3   # rows whose name holds "3"
+    python benchmarks/quality.py --table    # print the table and draw the block-order curve
+
+Protocol of the peers' table: 64 calibration windows of 512 tokens, half C4, half Wikipedia; 12 evenly
+spread windows of 512 of the WikiText-2 raw test; bits count scales and zeros. Each row is a process
+of its own, so its seconds and peak memory are its own too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+CSV = RESULTS / "quality.csv"
+WORK = HERE.parent / "demo"  # git-ignored: the model and the sensitivity reports
+DATA = HERE.parent.parent / "shared" / "data"
+WINDOWS, SEQ_LEN = 12, 512
+GROUP = 64
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+RANDOM_SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured plan."""
+
+    name: str
+    bpw: float
+    perplexity: float
+    reference_perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+    tokens: int
+    seconds: float  # statistics, rounding and propagation of the whole model
+    sensitivity_seconds: float  # measuring the costs, once per metric; 0 where none were needed
+    peak_mb: float
+    commit: str
+    machine: str
+
+
+def jobs() -> list[str]:
+    """Names say everything: section / setting / ..."""
+    rounding = [f"rounding/{b}/{m}" for b in (2, 3, 4) for m in ("rtn", "gptq", "gptq+qep")]
+    order = ["exact", "spikes", "ranked-lim", "ranked-zd", "ranked-lim-reversed"]
+    order += [f"ranked-random-{seed}" for seed in RANDOM_SEEDS]
+    allocation = [f"allocation/{b}/{m}" for b in (3, 4) for m in ["uniform", *order]]
+    preset = ["preset/3.3", "preset/3.5"]
+    orders = ["lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS)]
+    blocks = [f"blocks/{order}/{share}" for order in orders for share in SHARES]
+    return [*rounding, *preset, *allocation, *blocks]
+
+
+def run(name: str) -> Row:
+    """Measure one row in this process."""
+    import torch
+    from lwquant.evaluation.windows import evenly_spread_windows
+
+    from lwquant.capture.tokens import tokenize
+    from lwquant.matmul import fast_float32
+    from lwquant.prepare import open_model, prepare_tokens
+    from lwquant.recipe import load_recipe, rounding_of
+    from lwquant.search import measure_plan
+
+    sys.path.insert(0, str(HERE))
+    from smollm2 import fetch
+
+    torch.set_num_threads(2)
+    section, *rest = name.split("/")
+    recipe = load_recipe("default").changed(
+        sources=(str(DATA / "c4.utf8"), str(DATA / "wiki.utf8")), group_size=GROUP, held_out=2
+    )
+    with fast_float32():
+        opened = open_model(fetch(WORK))
+        windows, _ = prepare_tokens(opened, recipe)
+        text = (DATA / "wikitext-2-raw-test.txt").read_text(encoding="utf-8")
+        tested = evenly_spread_windows(tokenize(text, opened.tokenizer), SEQ_LEN, WINDOWS)
+        method = {
+            "rtn": ("rtn", "none"),
+            "gptq": ("gptq", "none"),
+            "gptq+qep": ("gptq", "qep"),
+        }.get(rest[-1] if section == "rounding" else "", (recipe.quantizer, recipe.correction))
+        if section == "blocks":
+            method = ("rtn", "none")
+        plan, measuring = plan_for(section, rest, opened, windows, recipe)
+        start = time.monotonic()
+        tokens = windows.tokens if method[0] != "rtn" else windows.tokens[:1]
+        quality = measure_plan(
+            opened.decoder, plan, rounding_of(*method), tokens, tested, progress=_quiet
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Row(
+        name,
+        plan.bpw,
+        quality.perplexity,
+        quality.reference_perplexity,
+        quality.kl_divergence,
+        quality.top1_agreement,
+        quality.tokens,
+        time.monotonic() - start,
+        measuring,
+        peak,
+        commit(),
+        machine(),
+    )
+
+
+def plan_for(section, rest, opened, windows, recipe):
+    """The row's plan, and the seconds its sensitivity report took."""
+    from lwquant.allocators import exact, ranked, spikes
+    from lwquant.allocators.plan import make_plan, uniform_plan
+    from lwquant.types import QuantScheme
+
+    linears = opened.decoder.linears
+    if section == "rounding" or rest[-1] == "uniform":
+        return uniform_plan(linears, QuantScheme(int(rest[0]), GROUP)), 0.0
+    if section == "preset":
+        report, seconds = report_of(recipe.metric, opened, windows, recipe)
+        return make_plan(report, float(rest[0]), exact), seconds
+    blocks = list(range(opened.decoder.n_blocks))
+    if section == "blocks":
+        order, share = rest[0], float(rest[1])
+        raised = len(blocks) - round(share * len(blocks))
+        top = set(_order(order, opened, windows, recipe, blocks)[:raised])
+        schemes = {s.name: QuantScheme(4 if s.block in top else 2, GROUP) for s in linears}
+        return _plan(schemes, linears), 0.0
+    bpw = uniform_plan(linears, QuantScheme(int(rest[0]), GROUP)).bpw
+    how = rest[1]
+    if how in ("exact", "spikes"):
+        report, seconds = report_of(recipe.metric, opened, windows, recipe)
+        return make_plan(report, bpw, {"exact": exact, "spikes": spikes}[how]), seconds
+    metric = "outlier_count" if "zd" in how else "embedding_delta"
+    report, seconds = report_of(metric, opened, windows, recipe)
+    # Around 3 bits the paper's pair 4/2; around 4 bits the closest pair with 4 in the middle.
+    widths = (4, 2) if int(rest[0]) == 3 else (5, 3)
+    settings = {"bits": widths, "reverse": how.endswith("reversed")}
+    if "random" in how:
+        settings["order"] = _order(how.removeprefix("ranked-"), opened, windows, recipe, blocks)
+    plan = make_plan(report, bpw, partial(ranked, **settings), allow_worse=True)
+    return plan, seconds
+
+
+def _order(name, opened, windows, recipe, blocks):
+    """Blocks, most important first."""
+    if name.startswith("random"):
+        shuffled = list(blocks)
+        random.Random(int(name.rsplit("-", 1)[1])).shuffle(shuffled)
+        return shuffled
+    metric = {"lim": "embedding_delta", "zd": "outlier_count"}[name]
+    report, _ = report_of(metric, opened, windows, recipe)
+    return sorted(blocks, key=lambda block: -report.scores[block])
+
+
+def _plan(schemes, linears):
+    from lwquant.types import BitPlan, plan_bpw
+
+    return BitPlan(schemes, plan_bpw(schemes, linears))
+
+
+def report_of(metric, opened, windows, recipe):
+    """The metric's report, measured once per commit and kept beside the model."""
+    from lwquant.sensitivity.report import read_report, write_report
+    from lwquant.stages import measure
+
+    path = WORK / f"report-{metric}-{commit()}.json"
+    took = path.with_suffix(".seconds")
+    if not path.exists():
+        start = time.monotonic()
+        report = measure(opened, windows, recipe.changed(metric=metric), _quiet)
+        write_report(report, path)
+        took.write_text(str(time.monotonic() - start))
+    return read_report(path), float(took.read_text())
+
+
+def _quiet(stage, item, done, total):
+    pass
+
+
+def commit() -> str:
+    described = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(described, cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(models)} x {models[0]}, {platform.machine()}" if models else platform.machine()
+
+
+def stored() -> list[Row]:
+    if not CSV.exists():
+        return []
+    kinds = {f.name: {"float": float, "int": int}.get(str(f.type), str) for f in fields(Row)}
+    with CSV.open(newline="", encoding="utf-8") as file:
+        return [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
+
+
+def append(row: Row) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    new = not CSV.exists()
+    with CSV.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        if new:
+            writer.writeheader()
+        writer.writerow(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+        )
+
+
+def print_table(rows: list[Row]) -> None:
+    """Markdown, as in the README."""
+    print("| row | bpw | perplexity | KL | top-1 | seconds (+ costs) | peak MB | commit |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        if not row.name.startswith("blocks/"):
+            print(
+                f"| {row.name} | {row.bpw:.3f} | {row.perplexity:.2f} | {row.kl_divergence:.4f} | "
+                f"{row.top1_agreement:.3f} | {row.seconds:.0f} (+ {row.sensitivity_seconds:.0f}) | "
+                f"{row.peak_mb:.0f} | {row.commit} |"
+            )
+
+
+def draw_blocks(rows: list[Row]) -> None:
+    """KL against the share of blocks lowered from 4 to 2 bits, in score order and at random."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for order in ("lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS)):
+        points = [r for r in rows if r.name.startswith(f"blocks/{order}/")]
+        style = {"color": "0.65", "lw": 1} if "random" in order else {"marker": "o"}
+        label = None if order in ("random-1", "random-2") else order.removesuffix("-0")
+        axes.plot(
+            [float(r.name.rsplit("/", 1)[1]) for r in points],
+            [r.kl_divergence for r in points],
+            label=label,
+            **style,
+        )
+    axes.set(
+        xlabel="share of blocks at 2 bits, the rest at 4 (least important first)",
+        ylabel="KL to the original, nats per token",
+        yscale="log",
+        title="SmolLM2-135M, plain rounding, WikiText-2 test",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(RESULTS / "block_order.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--table", action="store_true", help="print what is stored")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(json.dumps(asdict(run(arguments.row))))
+        return
+    done = {row.name for row in stored()}
+    for name in [] if arguments.table else jobs():
+        if arguments.only in name and name not in done:
+            command = [sys.executable, __file__, "--row", name]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            row = Row(**json.loads(output.splitlines()[-1]))
+            append(row)
+            print(
+                f"{row.name:32} {row.bpw:.3f} bpw  KL {row.kl_divergence:.4f}  {row.seconds:.0f} s",
+                file=sys.stderr,
+            )
+    print_table(stored())
+    if any(row.name.startswith("blocks/") for row in stored()):
+        draw_blocks(stored())
+
+
+if __name__ == "__main__":
+    main()

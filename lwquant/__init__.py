@@ -1,0 +1,34 @@
+"""Mixed-precision, layer-wise post-training quantization of language models.
+
+Importing lwquant also teaches transformers' from_pretrained to load what it saved.
+"""
+
+__version__ = "0.1.0"
+
+from lwquant.export.load import register as _register
+
+_register()
+
+from lwquant.errors import LwquantError  # noqa: E402
+from lwquant.evaluate import evaluate  # noqa: E402
+from lwquant.export.hub import push_to_hub  # noqa: E402
+from lwquant.pipeline import Result, quantize  # noqa: E402
+from lwquant.recipe import Recipe, load_recipe  # noqa: E402
+from lwquant.stages import measure_model, plan  # noqa: E402
+from lwquant.sweep import sweep  # noqa: E402
+from lwquant.types import BitPlan, QuantScheme  # noqa: E402
+
+__all__ = [
+    "BitPlan",
+    "LwquantError",
+    "QuantScheme",
+    "Recipe",
+    "Result",
+    "evaluate",
+    "load_recipe",
+    "measure_model",
+    "plan",
+    "push_to_hub",
+    "quantize",
+    "sweep",
+]

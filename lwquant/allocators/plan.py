@@ -1,0 +1,122 @@
+"""From a sensitivity report and a budget to a plan, and plans as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lwquant.allocators.exact import exact
+from lwquant.allocators.problem import Problem, pin, problem_of, tie
+from lwquant.allocators.uniform import uniform
+from lwquant.errors import BudgetError, PlanError
+from lwquant.jsonfile import read_json, write_json
+from lwquant.methods import describe
+from lwquant.types import BitPlan, LinearSpec, QuantScheme, SensitivityReport, plan_bpw
+
+KIND, VERSION = "lwquant-plan", 1
+
+
+def make_plan(
+    report: SensitivityReport,
+    bpw: float,
+    allocator: Any = exact,
+    *,
+    ties: Sequence[Sequence[str]] = (),
+    pins: Mapping[str, QuantScheme] | None = None,
+    allow_worse: bool = False,
+) -> BitPlan:
+    """The allocator's plan of at most `bpw` true stored bits per weight.
+
+    Args:
+        ties: groups of linears that must share a scheme.
+        pins: schemes that the user fixed.
+        allow_worse: keep a plan whose predicted cost is not below the uniform one's. By default
+            the uniform plan is returned then, with a note that says so.
+
+    Raises BudgetError outside floor and ceiling, PlanError for impossible pins.
+    """
+    problem = tie(pin(problem_of(report), pins or {}), ties)
+    budget = int(bpw * problem.n_weights)
+    choice, notes = allocator(problem, budget), ()
+    try:
+        baseline = uniform(problem, budget)
+    except BudgetError:
+        baseline = None
+    if baseline is not None and choice != baseline and not allow_worse:
+        mixed_cost, uniform_cost = problem.cost_of(choice), problem.cost_of(baseline)
+        if mixed_cost >= uniform_cost:
+            notes = (
+                f"uniform: the mixed plan's predicted cost {mixed_cost:.4g} is not below the "
+                f"uniform plan's {uniform_cost:.4g}",
+            )
+            choice = baseline
+    return _plan_of(problem, choice, report.linears, describe(allocator), notes)
+
+
+def uniform_plan(linears: Sequence[LinearSpec], scheme: QuantScheme) -> BitPlan:
+    """The same scheme for every linear."""
+    schemes = {spec.name: scheme for spec in linears}
+    return BitPlan(schemes, plan_bpw(schemes, tuple(linears)), allocator={"name": "uniform"})
+
+
+def _plan_of(
+    problem: Problem,
+    choice: Sequence[int],
+    linears: tuple[LinearSpec, ...],
+    allocator: Mapping[str, object],
+    notes: tuple[str, ...],
+) -> BitPlan:
+    schemes, costs = {}, {}
+    for row, (names, column) in enumerate(zip(problem.names, choice, strict=True)):
+        for name in names:
+            schemes[name] = problem.schemes[column]
+            costs[name] = float(problem.costs[row, column]) / len(names)
+    ordered = {spec.name: schemes[spec.name] for spec in linears}
+    return BitPlan(ordered, plan_bpw(ordered, linears), costs, allocator, notes)
+
+
+def write_plan(plan: BitPlan, path: Path) -> None:
+    linears = {
+        name: {
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "symmetric": scheme.symmetric,
+            **({"cost": plan.costs[name]} if name in plan.costs else {}),
+        }
+        for name, scheme in plan.schemes.items()
+    }
+    body = {"bpw": plan.bpw, "allocator": plan.allocator, "notes": plan.notes, "linears": linears}
+    write_json(path, KIND, VERSION, body)
+
+
+def read_plan(path: Path, linears: Sequence[LinearSpec]) -> BitPlan:
+    """A plan, perhaps edited by hand, checked against the model's linears; bpw is counted anew.
+
+    Raises PlanError naming the linear that is unknown, missing, or has an impossible width.
+    """
+    body = read_json(path, KIND, VERSION)
+    entries = body.get("linears")
+    if not isinstance(entries, dict):
+        raise PlanError(f"{path}: 'linears' is missing")
+    known = {spec.name for spec in linears}
+    unknown, missing = sorted(entries.keys() - known), sorted(known - entries.keys())
+    if unknown:
+        raise PlanError(f"{path}: the model has no linear {unknown[0]!r} ({len(unknown)} unknown)")
+    if missing:
+        raise PlanError(f"{path}: linear {missing[0]!r} is missing ({len(missing)} missing)")
+    schemes, costs = {}, {}
+    for spec in linears:
+        entry = entries[spec.name]
+        try:
+            scheme = QuantScheme(
+                int(entry["bits"]), int(entry.get("group_size", 64)), bool(entry.get("symmetric"))
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{path}: {spec.name}: {error}") from error
+        schemes[spec.name] = scheme
+        if "cost" in entry:
+            costs[spec.name] = float(entry["cost"])
+    allocator = body.get("allocator") or {"name": "file"}
+    notes = tuple(str(note) for note in body.get("notes", ()))
+    return BitPlan(schemes, plan_bpw(schemes, tuple(linears)), costs, allocator, notes)

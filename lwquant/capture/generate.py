@@ -1,0 +1,58 @@
+"""Calibration windows sampled from the model itself, for when there is no text.
+
+The idea is that of Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language
+Models", arXiv:2305.17888. Unlike the other sources it needs the whole float model in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lwquant.progress import Progress, silent
+
+BATCH = 32
+
+
+def sample_windows(
+    path: Path, n_windows: int, seq_len: int, seed: int, progress: Progress = silent
+) -> Tensor:
+    """Windows (n_windows, seq_len) of tokens: the first drawn uniformly, the rest by the model."""
+    folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    windows = []
+    for start in range(0, n_windows, BATCH):
+        rows = min(BATCH, n_windows - start)
+        tokens = torch.randint(vocabulary, (rows, 1), generator=generator)
+        windows.append(_continue(model, tokens, seq_len, generator, progress, start, n_windows))
+    return torch.cat(windows)
+
+
+@torch.no_grad()
+def _continue(
+    model: torch.nn.Module,
+    tokens: Tensor,
+    seq_len: int,
+    generator: torch.Generator,
+    progress: Progress,
+    start: int,
+    n_windows: int,
+) -> Tensor:
+    cache, last = None, tokens
+    while tokens.shape[1] < seq_len:
+        progress(
+            "sample",
+            f"windows from {start}",
+            start * seq_len + tokens.shape[1],
+            n_windows * seq_len,
+        )
+        output = model(input_ids=last, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        last = torch.multinomial(output.logits[:, -1].softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, last], dim=1)
+    return tokens

@@ -1,0 +1,279 @@
+"""The `lwquant` command: parse, call one function, show its result on stdout."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import lwquant
+from lwquant import tables
+from lwquant.allocators.plan import write_plan
+from lwquant.errors import LwquantError, OutputError
+from lwquant.inspection import inspect_folder
+from lwquant.progress import StderrProgress
+from lwquant.sensitivity.report import write_report
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Mixed-precision, layer-wise quantization of language models.",
+)
+
+Model = Annotated[str, typer.Argument(help="Model folder, .gguf file or Hub id.")]
+Output = Annotated[Path, typer.Option(help="What to make; must not exist yet.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Metric = Annotated[str | None, typer.Option(help="Sensitivity metric.")]
+Allocator = Annotated[str | None, typer.Option(help="uniform, ranked, spikes or exact.")]
+Quantizer = Annotated[str | None, typer.Option(help="rtn or gptq.")]
+Correction = Annotated[str | None, typer.Option(help="qep, gptaq or none.")]
+Calibration = Annotated[
+    str | None, typer.Option(help="builtin, self, a text file, or datasets:NAME[,CONFIG].")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="Recipe name or .toml file.")]
+Device = Annotated[str, typer.Option(help="Where to compute, e.g. cpu or cuda.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the calibration windows.")]
+GroupSize = Annotated[int | None, typer.Option(help="Inputs that share a scale.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an earlier result of lwquant.")]
+Bpw = Annotated[float | None, typer.Option(help="Bits per weight of the linears, all counted.")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Output,
+    bpw: Bpw = None,
+    size: Annotated[str | None, typer.Option(help="Size of all weight files, e.g. 80MB.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Largest KL, in nats per token.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan JSON; skips planning.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Sensitivity JSON; skips measuring.")] = None,
+    metric: Metric = None,
+    allocator: Allocator = None,
+    quantizer: Quantizer = None,
+    correction: Correction = None,
+    calibration: Calibration = None,
+    recipe: RecipeName = "default",
+    group_size: GroupSize = None,
+    tie_fused: Annotated[
+        bool, typer.Option(help="Same width for q/k/v and for gate/up, as vLLM needs.")
+    ] = False,
+    device: Device = "cpu",
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL to a budget and save a folder that transformers loads."""
+    result = lwquant.quantize(
+        model,
+        bpw=bpw,
+        size=size,
+        max_kl=max_kl,
+        output=output,
+        plan=plan,
+        report=report,
+        recipe=recipe,
+        calibration=calibration,
+        device=device,
+        overwrite=overwrite,
+        command=shlex.join(["lwquant", *sys.argv[1:]]),
+        metric=metric,
+        allocator=allocator,
+        quantizer=quantizer,
+        correction=correction,
+        group_size=group_size,
+        seed=seed,
+        tie_fused=tie_fused or None,
+    )
+    if as_json:
+        _print_json(
+            {
+                "output": str(result.folder),
+                "bpw": result.bpw,
+                "size_bytes": result.size_bytes,
+                "held_out": asdict(result.held_out),
+                "notes": list(result.plan.notes),
+            }
+        )
+    else:
+        tables.print_result(result)
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    output: Output,
+    metric: Metric = None,
+    quantizer: Quantizer = None,
+    calibration: Calibration = None,
+    recipe: RecipeName = "default",
+    group_size: GroupSize = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+) -> None:
+    """Measure what each width costs in each linear, and write it as JSON."""
+    _check_new_file(output)
+    measured = lwquant.measure_model(
+        model,
+        recipe=recipe,
+        calibration=calibration,
+        device=device,
+        metric=metric,
+        quantizer=quantizer,
+        group_size=group_size,
+        seed=seed,
+    )
+    write_report(measured, output)
+    tables.print_report(measured)
+
+
+@app.command()
+def plan(
+    report: Annotated[Path, typer.Argument(help="JSON of `lwquant sensitivity`.")],
+    bpw: Annotated[float, typer.Option(help="Bits per weight of the linears, all counted.")],
+    output: Output,
+    allocator: Allocator = None,
+    recipe: RecipeName = "default",
+    tie_fused: Annotated[bool, typer.Option(help="Same width for q/k/v and for gate/up.")] = False,
+) -> None:
+    """Choose a width for every linear within a budget, and write it as JSON."""
+    _check_new_file(output)
+    made = lwquant.plan(
+        report, bpw=bpw, recipe=recipe, allocator=allocator, tie_fused=tie_fused or None
+    )
+    write_plan(made, output)
+    tables.print_plan(made)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text file to measure on.")],
+    reference: Annotated[str | None, typer.Option(help="The original model.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Evenly spread windows.")] = 16,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Perplexity of MODEL, and its KL and top-1 agreement with the original."""
+    measured = lwquant.evaluate(
+        model,
+        text=text,
+        reference=reference,
+        seq_len=seq_len,
+        windows=windows,
+        device=device,
+        progress=StderrProgress(),
+    )
+    if as_json:
+        print(measured.to_json())
+    else:
+        tables.print_evaluation(measured)
+
+
+@app.command()
+def sweep(
+    model: Model,
+    bpw: Annotated[str, typer.Option(help="Budgets, e.g. 2.5,3,3.5,4.")],
+    output: Output,
+    text: Annotated[Path | None, typer.Option(help="Text file to measure on.")] = None,
+    metric: Metric = None,
+    allocator: Allocator = None,
+    quantizer: Quantizer = None,
+    correction: Correction = None,
+    calibration: Calibration = None,
+    recipe: RecipeName = "default",
+    device: Device = "cpu",
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity and KL against bits: a table, sweep.csv and sweep.png."""
+    try:
+        budgets = [float(part) for part in bpw.split(",")]
+    except ValueError as error:
+        raise LwquantError(f"--bpw {bpw!r} is not a list of numbers like 2.5,3,3.5") from error
+    rows = lwquant.sweep(
+        model,
+        bpw=budgets,
+        output=output,
+        text=text,
+        recipe=recipe,
+        calibration=calibration,
+        device=device,
+        overwrite=overwrite,
+        metric=metric,
+        allocator=allocator,
+        quantizer=quantizer,
+        correction=correction,
+        seed=seed,
+    )
+    if as_json:
+        _print_json({"rows": [asdict(row) for row in rows]})
+    else:
+        tables.print_sweep(rows)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder made by `lwquant quantize`.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw bits per linear as PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Which linear got how many bits, and what the metric said about it."""
+    found = inspect_folder(folder)
+    if plot is not None:
+        from lwquant.evaluate.plot import plot_bits  # matplotlib takes a second to import
+
+        plot_bits(found.record, plot)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        tables.print_inspection(found)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder made by `lwquant quantize`.")],
+    repo_id: Annotated[str, typer.Argument(help="user/name on the Hub.")],
+    public: Annotated[bool, typer.Option(help="Make the repository public.")] = False,
+) -> None:
+    """Upload a complete result with a model card; private unless --public."""
+    print(lwquant.push_to_hub(folder, repo_id, private=not public, progress=StderrProgress()))
+
+
+def main() -> None:
+    """Entry point: errors of the input are one line on stderr and exit status 1."""
+    with _errors_in_words():
+        app()
+
+
+@contextmanager
+def _errors_in_words() -> Iterator[None]:
+    try:
+        yield
+    except LwquantError as error:
+        print(f"lwquant: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:  # `lwquant inspect OUT | head`
+        sys.stderr.close()
+        raise SystemExit(1) from None
+
+
+def _check_new_file(path: Path) -> None:
+    """OutputError before the work for a file that could not be written after it."""
+    if path.exists():
+        raise OutputError(f"{path}: exists already")
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"{path}: its folder does not exist")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,248 @@
+"""quantize(): a checkpoint goes in, a smaller model that transformers loads comes out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwquant import __version__
+from lwquant.allocators.plan import read_plan, write_plan
+from lwquant.errors import BudgetError, PlanError
+from lwquant.export.folder import check_output, new_folder, write_manifest
+from lwquant.export.hub import push_to_hub
+from lwquant.export.record import CalibrationRecord, LinearRecord, RunRecord
+from lwquant.export.save import ModelWriter
+from lwquant.held_out import Quality, compare_streams
+from lwquant.matmul import fast_float32
+from lwquant.methods import describe
+from lwquant.prepare import OpenModel, bpw_of_size, open_model, prepare_tokens
+from lwquant.progress import Progress, StderrProgress
+from lwquant.recipe import Recipe, Rounding, allocator_of, metric_of, rounding_of
+from lwquant.search import smallest_plan
+from lwquant.sensitivity.report import read_report, write_report
+from lwquant.sequential import Streams, quantize_blocks
+from lwquant.stages import check_budget, check_report, measure, merged, plan_report
+from lwquant.types import BitPlan, CalibrationSet, QuantizedWeight, SensitivityReport
+
+SENSITIVITY_FILE, PLAN_FILE = "sensitivity.json", "plan.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What quantize() made."""
+
+    folder: Path
+    plan: BitPlan
+    report: SensitivityReport | None
+    held_out: Quality  # on further windows of the calibration texts, not on a benchmark
+    size_bytes: int
+
+    @property
+    def bpw(self) -> float:
+        return self.plan.bpw
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, **settings: Any) -> str:
+        """Upload the folder with a model card; returns the URL."""
+        return push_to_hub(self.folder, repo_id, private=private, **settings)
+
+
+def quantize(
+    model: str | Path,
+    *,
+    bpw: float | None = None,
+    size: str | int | None = None,
+    max_kl: float | None = None,
+    output: str | Path,
+    plan: str | Path | BitPlan | None = None,
+    report: str | Path | SensitivityReport | None = None,
+    recipe: str | Path | Recipe = "default",
+    calibration: str | Sequence[str] | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result:
+    """Quantize a decoder-only causal LM to a budget and save it as a transformers folder.
+
+    Args:
+        model: folder with safetensors, a .gguf file, or a Hub id.
+        bpw, size, max_kl: the budget, exactly one of them (none with `plan`): true stored bits per
+            weight of the linears; size of all weight files ("80MB"); largest mean KL in nats to
+            the original on held-out windows of the calibration texts.
+        output: folder to make; it must not exist, or be empty.
+        plan, report: a result of an earlier stage, perhaps edited, which is then not made again.
+        recipe: name or .toml file of the remaining settings; see Recipe.
+        calibration: a source ("builtin", "self", a text file, "datasets:NAME") or a list of texts.
+        settings: single settings of the recipe, e.g. metric="measured_kl", group_size=128.
+
+    Raises LwquantError with what is wrong and which limit it broke; nothing is left in `output`.
+    """
+    progress = progress or StderrProgress()
+    chosen, texts = merged(recipe, calibration, settings)
+    rounding = rounding_of(chosen.quantizer, chosen.correction)
+    metric_of(chosen.metric), allocator_of(chosen.allocator)  # unknown names fail here, not later
+    budget = _one_budget(bpw, size, max_kl, plan)
+    check_output(output, overwrite)
+    with fast_float32():
+        opened = open_model(model, device, revision)
+        target = bpw_of_size(opened, size) if size is not None else bpw
+        given = _given_plan(plan, opened)
+        known = read_report(Path(report)) if isinstance(report, str | Path) else report
+        check_report(known, opened)
+        if target is not None:
+            check_budget(opened, chosen, target)
+        windows, held_out = prepare_tokens(opened, chosen, texts, progress)
+        if given is None:
+            if known is None:
+                known = measure(opened, windows, chosen, progress)
+            plan_at = partial(plan_report, known, recipe=chosen)
+            if target is not None:
+                given = plan_at(target)
+            else:
+                assert max_kl is not None
+                given = smallest_plan(
+                    opened, known, plan_at, rounding, windows.tokens, held_out, max_kl, progress
+                )
+        return _quantize_and_save(
+            opened,
+            given,
+            known,
+            windows,
+            held_out,
+            rounding,
+            chosen,
+            budget,
+            Path(output),
+            overwrite,
+            command or f"lwquant.quantize({str(model)!r}, {budget})",
+            progress,
+        )
+
+
+def _quantize_and_save(
+    opened: OpenModel,
+    plan: BitPlan,
+    report: SensitivityReport | None,
+    windows: CalibrationSet,
+    held_out: Tensor,
+    rounding: Rounding,
+    recipe: Recipe,
+    budget: Mapping[str, object],
+    output: Path,
+    overwrite: bool,
+    command: str,
+    progress: Progress,
+) -> Result:
+    decoder = opened.decoder
+    notes = list(plan.notes)
+    with new_folder(output, overwrite) as folder, extra_files(opened) as extras:
+        writer = ModelWriter(folder, opened.source, decoder.linears, decoder.model, decoder.key_of)
+        streams = Streams.start(
+            decoder, torch.cat([windows.tokens, held_out]), windows.tokens.shape[0]
+        )
+        for done in quantize_blocks(
+            decoder,
+            streams,
+            plan.schemes,
+            rounding.quantizer,
+            rounding.correction,
+            needs_drift=rounding.needs_drift,
+            progress=progress,
+        ):
+            if isinstance(done.weight, QuantizedWeight):
+                notes += [f"{done.spec.name}: {note}" for note in done.weight.notes]
+                writer.linear(done.spec, done.weight)
+            else:
+                writer.linear(done.spec, sixteen_bits(done.weight, opened, done.spec.name))
+        n = windows.tokens.shape[0]
+        quality = compare_streams(decoder, streams.quantized[n:], streams.floating[n:], held_out)
+        size_bytes = writer.finish(plan.schemes, plan.bpw, extras)
+        write_plan(plan, folder / PLAN_FILE)
+        if report is not None:
+            write_report(report, folder / SENSITIVITY_FILE)
+        record = RunRecord(
+            lwquant=__version__,
+            base_model=_public_name(opened),
+            command=command,
+            seed=recipe.seed,
+            calibration=CalibrationRecord(
+                windows.source, n, windows.tokens.shape[1], windows.sha256
+            ),
+            metric=report.metric if report is not None else {"name": "none"},
+            allocator=plan.allocator,
+            quantizer=describe(rounding.quantizer),
+            correction=describe(rounding.correction),
+            budget={**budget, "held_out": asdict(quality)},
+            bpw=plan.bpw,
+            original_bpw=opened.linear_bytes * 8 / opened.n_weights,
+            size_bytes=size_bytes,
+            original_size_bytes=opened.source.size_bytes,
+            linears={
+                name: LinearRecord(
+                    scheme.bits, scheme.group_size, scheme.symmetric, plan.costs.get(name)
+                )
+                for name, scheme in plan.schemes.items()
+            },
+            notes=tuple(notes),
+        )
+        (folder / "lwquant.json").write_text(record.to_json(), encoding="utf-8")
+        write_manifest(folder)
+    return Result(output, plan, report, quality, size_bytes)
+
+
+def sixteen_bits(weight: Tensor, opened: OpenModel, name: str) -> Tensor:
+    """bfloat16 where the checkpoint is, else float16 unless the weight overflows it."""
+    key = opened.decoder.key_of(f"{name}.weight")
+    stored = opened.source.dtype(key) if key else torch.float32
+    overflows = weight.abs().max() > torch.finfo(torch.float16).max
+    return weight.to(torch.bfloat16 if stored == torch.bfloat16 or overflows else torch.float16)
+
+
+def _given_plan(plan: str | Path | BitPlan | None, opened: OpenModel) -> BitPlan | None:
+    if isinstance(plan, str | Path):
+        return read_plan(Path(plan), opened.decoder.linears)
+    if plan is not None and plan.schemes.keys() != {s.name for s in opened.decoder.linears}:
+        raise PlanError("the plan names other linears than the model has")
+    return plan
+
+
+def _one_budget(
+    bpw: float | None, size: str | int | None, max_kl: float | None, plan: object
+) -> dict[str, object]:
+    given = {k: v for k, v in {"bpw": bpw, "size": size, "max_kl": max_kl}.items() if v is not None}
+    if plan is not None and not given:
+        return {"plan": str(plan) if isinstance(plan, str | Path) else "given"}
+    if len(given) != 1 or plan is not None:
+        raise BudgetError(f"give exactly one of bpw, size, max_kl and plan, not {sorted(given)}")
+    if max_kl is not None and not max_kl > 0:
+        raise BudgetError(f"max_kl={max_kl} must be above 0")
+    if bpw is not None and not bpw > 0:
+        raise BudgetError(f"bpw={bpw} must be above 0")
+    return given
+
+
+@contextmanager
+def extra_files(opened: OpenModel) -> Iterator[Path]:
+    """A folder with the tokenizer and generation files; GGUF files carry theirs inside."""
+    if opened.path.is_dir():
+        yield opened.path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        opened.tokenizer.save_pretrained(folder)
+        yield Path(folder)
+
+
+def _public_name(opened: OpenModel) -> str:
+    """A Hub id as given; anything local as an absolute path, which the model card masks."""
+    local = Path(opened.name).exists()
+    return str(Path(opened.name).resolve()) if local else opened.name

@@ -1,0 +1,137 @@
+"""From what the user names to what the pipeline works on: model, tokens, and budget in bits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from lwquant.capture.generate import sample_windows
+from lwquant.capture.text import SELF, read_source
+from lwquant.capture.tokens import calibration_set, from_tokens, token_hash
+from lwquant.errors import BudgetError, CalibrationError, CheckpointError
+from lwquant.model.checkpoint import WeightSource, open_checkpoint, resolve
+from lwquant.model.decoder import Decoder
+from lwquant.progress import Progress, silent
+from lwquant.recipe import Recipe
+from lwquant.types import CalibrationSet
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint opened for work."""
+
+    name: str  # as the user gave it
+    path: Path
+    source: WeightSource
+    decoder: Decoder
+    tokenizer: Any
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the quantizable linears."""
+        return sum(spec.n_weights for spec in self.decoder.linears)
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of those weights in the checkpoint."""
+        keys = [self.decoder.key_of(f"{spec.name}.weight") for spec in self.decoder.linears]
+        return sum(
+            self.source.dtype(k).itemsize * spec.n_weights
+            for k, spec in zip(keys, self.decoder.linears, strict=True)
+            if k
+        )
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of everything that stays as it is: embeddings, head, norms, biases."""
+        return self.source.size_bytes - self.linear_bytes
+
+
+def open_model(model: str | Path, device: str = "cpu", revision: str | None = None) -> OpenModel:
+    """Open and check a checkpoint; all its weights are read once, so that NaN is found early.
+
+    Raises CheckpointError, UnsupportedModelError.
+    """
+    path = resolve(model, revision)
+    source = open_checkpoint(path)
+    decoder = Decoder.open(source, device)
+    source.check_finite()
+    folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: no usable tokenizer: {error}") from error
+    return OpenModel(str(model), path, source, decoder, tokenizer)
+
+
+def prepare_tokens(
+    opened: OpenModel,
+    recipe: Recipe,
+    texts: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> tuple[CalibrationSet, Tensor]:
+    """Calibration windows, and held-out ones (held_out, seq_len) of the same texts.
+
+    Args:
+        texts: used instead of the recipe's sources.
+
+    Raises CalibrationError for an empty or too short text.
+    """
+    n_windows = recipe.n_samples + recipe.held_out
+    if texts is None and SELF in recipe.sources:
+        if recipe.sources != (SELF,):
+            raise CalibrationError("source 'self' cannot be mixed with others")
+        sampled = sample_windows(opened.path, n_windows, recipe.seq_len, recipe.seed, progress)
+        every = from_tokens(sampled, SELF, recipe.seed)
+    else:
+        named = (
+            [("texts", "\n\n".join(texts))]
+            if texts is not None
+            else [(source, read_source(source)) for source in recipe.sources]
+        )
+        every = calibration_set(
+            named, opened.tokenizer, n_samples=n_windows, seq_len=recipe.seq_len, seed=recipe.seed
+        )
+    limit = opened.decoder.vocab_size
+    if every.tokens.max() >= limit:
+        raise CalibrationError(
+            f"the tokenizer gives token {every.tokens.max()}, the model has {limit}"
+        )
+    shuffled = every.tokens[
+        torch.randperm(n_windows, generator=torch.Generator().manual_seed(recipe.seed))
+    ]
+    chosen = shuffled[: recipe.n_samples]
+    calibration = CalibrationSet(chosen, every.source, token_hash(chosen), recipe.seed)
+    return calibration, shuffled[recipe.n_samples :]
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of "80MB", "1.5 GiB" or a plain number.
+
+    >>> parse_size("80MB"), parse_size("1.5 GiB"), parse_size(1000)
+    (80000000, 1610612736, 1000)
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]I?B|B)?\s*", str(size), re.IGNORECASE)
+    if match is None:
+        raise BudgetError(f"size {size!r} is not of the form 80MB, 1.5GiB or a number of bytes")
+    return int(float(match[1]) * UNITS[(match[2] or "B").upper()])
+
+
+def bpw_of_size(opened: OpenModel, size: str | int) -> float:
+    """Bits per weight of the linears that make all weight files together `size` large."""
+    wanted, other = parse_size(size), opened.other_bytes
+    if wanted <= other:
+        raise BudgetError(
+            f"size {wanted / 1e6:.1f} MB is below the floor: the tensors that stay as they are "
+            f"(embeddings, head, norms) take {other / 1e6:.1f} MB alone"
+        )
+    return (wanted - other) * 8 / opened.n_weights

@@ -1,0 +1,162 @@
+"""Recipes: the arguments of a run in TOML, by name from calibration/ or from a file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lwquant.allocators import ALLOCATORS
+from lwquant.corrections import CORRECTIONS
+from lwquant.errors import LwquantError
+from lwquant.quantizers import QUANTIZERS
+from lwquant.sensitivity import METRICS
+from lwquant.types import QuantScheme
+
+Method = str | Mapping[str, Any] | Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a run but the model, the budget and the output.
+
+    Methods are a listed name, {"name": ..., settings}, or a function with the family's signature.
+    """
+
+    sources: tuple[str, ...] = ("builtin",)  # texts in equal shares; see capture/text.py
+    n_samples: int = 64
+    seq_len: int = 512
+    seed: int = 0
+    held_out: int = 8  # further windows of the same texts, for the KL shown at the end of a run
+    sensitivity_samples: int = 32  # how many of the calibration windows the metric looks at
+    metric: Method = "fisher"
+    allocator: Method = "exact"
+    quantizer: Method = "gptq"
+    correction: Method = "qep"
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 16)
+    group_size: int = 64
+    symmetric: bool = False
+    tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
+    pins: Mapping[str, int] = field(default_factory=dict)  # linear name -> bits
+    allow_worse: bool = False  # keep a mixed plan that is predicted to lose against uniform
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_samples", 1), ("seq_len", 8), ("held_out", 1)):
+            if getattr(self, name) < least:
+                raise LwquantError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 1 <= self.sensitivity_samples:
+            raise LwquantError(f"sensitivity_samples={self.sensitivity_samples} must be positive")
+        if not self.bits or len(set(self.bits)) != len(self.bits):
+            raise LwquantError(f"bits={self.bits} must be different widths, at least one")
+        self.schemes()
+
+    def schemes(self) -> tuple[QuantScheme, ...]:
+        """The menu, narrow to wide."""
+        try:
+            return tuple(
+                QuantScheme(width, self.group_size, self.symmetric) for width in sorted(self.bits)
+            )
+        except ValueError as error:
+            raise LwquantError(str(error)) from error
+
+    def scheme(self, bits: int) -> QuantScheme:
+        return QuantScheme(bits, self.group_size, self.symmetric)
+
+    def changed(self, **settings: Any) -> Recipe:
+        """A copy with those settings that are not None."""
+        return replace(self, **{k: v for k, v in settings.items() if v is not None})
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A recipe of calibration/ by its name, or a TOML file by its path.
+
+    Raises LwquantError for a missing file, bad TOML, and unknown or ill-typed settings.
+    """
+    shipped = files("lwquant") / "calibration"
+    path = Path(name)
+    if path.suffix != ".toml":
+        names = sorted(
+            entry.name.removesuffix(".toml")
+            for entry in shipped.iterdir()
+            if entry.name.endswith(".toml")
+        )
+        if str(name) not in names:
+            raise LwquantError(
+                f"no recipe {str(name)!r}; there are {', '.join(names)}, or a .toml file"
+            )
+        text = (shipped / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise LwquantError(f"recipe {path}: {error}") from error
+    try:
+        settings = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise LwquantError(f"recipe {name}: {error}") from error
+    return _recipe_of(settings, str(name))
+
+
+def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
+    known = {entry.name: entry for entry in fields(Recipe)}
+    unknown = sorted(settings.keys() - known.keys())
+    if unknown:
+        raise LwquantError(f"recipe {where}: unknown setting {unknown[0]!r}")
+    try:
+        for name in ("sources", "bits"):
+            if name in settings:
+                settings[name] = tuple(settings[name])
+        recipe = Recipe(**settings)
+    except (TypeError, LwquantError) as error:
+        raise LwquantError(f"recipe {where}: {error}") from error
+    for name in ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size"):
+        if not isinstance(getattr(recipe, name), int):
+            raise LwquantError(f"recipe {where}: {name} must be a whole number")
+    return recipe
+
+
+def metric_of(method: Method) -> Callable[..., Any]:
+    return _look_up("metric", METRICS, method)
+
+
+def allocator_of(method: Method) -> Callable[..., Any]:
+    return _look_up("allocator", ALLOCATORS, method)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The quantizer and the correction of a run, made to fit each other."""
+
+    quantizer: Callable[..., Any]
+    correction: Callable[..., Any] | None
+    needs_drift: bool
+
+
+def rounding_of(quantizer: Method, correction: Method) -> Rounding:
+    """Resolve both. "gptaq" is GPTQ's own asymmetric term, so it needs GPTQ and excludes QEP."""
+    resolved = _look_up("quantizer", QUANTIZERS, quantizer)
+    named = {"name": correction} if isinstance(correction, str) else correction
+    if isinstance(named, Mapping) and named.get("name") == "none":
+        return Rounding(resolved, None, False)
+    if isinstance(named, Mapping) and named.get("name") == "gptaq":
+        base = resolved.func if isinstance(resolved, partial) else resolved
+        if base is not QUANTIZERS["gptq"]:
+            raise LwquantError("correction 'gptaq' is a term inside GPTQ: use quantizer 'gptq'")
+        strength = float(named.get("strength", 0.25))
+        return Rounding(partial(resolved, asymmetry=strength), None, True)
+    choices = {**CORRECTIONS, "none": None, "gptaq": None}
+    return Rounding(resolved, _look_up("correction", choices, correction), True)
+
+
+def _look_up(family: str, listed: Mapping[str, Any], method: Method) -> Callable[..., Any]:
+    if callable(method):
+        return method
+    settings = {"name": method} if isinstance(method, str) else dict(method)
+    name = settings.pop("name", None)
+    if name not in listed:
+        raise LwquantError(f"unknown {family} {name!r}; there are {', '.join(sorted(listed))}")
+    return partial(listed[name], **settings) if settings else listed[name]

@@ -1,0 +1,106 @@
+"""The smallest model whose measured KL stays under a limit, by bisection on the bit budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lwquant.allocators.problem import problem_of
+from lwquant.held_out import Quality, compare_streams
+from lwquant.model.decoder import Decoder
+from lwquant.prepare import OpenModel
+from lwquant.progress import Progress
+from lwquant.recipe import Rounding
+from lwquant.sequential import Streams, quantize_blocks
+from lwquant.types import BitPlan, SensitivityReport
+
+TOLERANCE_BPW = 0.03
+MAX_TRIALS = 8
+
+
+def measure_plan(
+    decoder: Decoder,
+    plan: BitPlan,
+    rounding: Rounding,
+    tokens: Tensor,
+    held_out: Tensor,
+    progress: Progress,
+) -> Quality:
+    """Quantize with a plan without saving anything, and compare on the held-out windows.
+
+    Args:
+        tokens: calibration windows (n_samples, seq_len).
+        held_out: windows (n, seq_len) of the same length.
+    """
+    n = tokens.shape[0]
+    streams = Streams.start(decoder, torch.cat([tokens, held_out]), n)
+    for _ in quantize_blocks(
+        decoder,
+        streams,
+        plan.schemes,
+        rounding.quantizer,
+        rounding.correction,
+        needs_drift=rounding.needs_drift,
+        progress=progress,
+    ):
+        pass
+    return compare_streams(decoder, streams.quantized[n:], streams.floating[n:], held_out)
+
+
+def smallest_plan(
+    opened: OpenModel,
+    report: SensitivityReport,
+    plan_at: Callable[[float], BitPlan],
+    rounding: Rounding,
+    tokens: Tensor,
+    held_out: Tensor,
+    max_kl: float,
+    progress: Progress,
+) -> BitPlan:
+    """The plan of fewest bits found whose measured KL on the held-out windows is ≤ max_kl.
+
+    Every trial quantizes the model for real. Trials are placed where the predicted cost, scaled by
+    the last ratio of measured to predicted, meets the limit, inside a bracket that only shrinks;
+    it ends when the bracket is TOLERANCE_BPW wide or after MAX_TRIALS. Where no trial met the
+    limit, the ceiling of the menu is returned.
+    """
+    problem = problem_of(report)
+    floor, ceiling = (bits / problem.n_weights for bits in problem.bounds())
+    # A uniform allocator has nothing below its own floor; the bracket starts where a plan exists.
+    low, high = floor, ceiling
+    best, ratio = plan_at(ceiling), 1.0
+    for trial in range(MAX_TRIALS):
+        if high - low <= TOLERANCE_BPW:
+            break
+        target = _where_predicted(plan_at, max_kl / ratio, low, high)
+        margin = (high - low) * 0.1
+        target = min(max(target, low + margin), high - margin)
+        plan = plan_at(target)
+        progress("search", f"trial at {plan.bpw:.3f} bits per weight", trial, MAX_TRIALS)
+        measured = measure_plan(
+            opened.decoder, plan, rounding, tokens, held_out, progress
+        ).kl_divergence
+        predicted = sum(plan.costs.values())
+        if predicted > 0 and measured > 0:
+            ratio = measured / predicted
+        if measured <= max_kl:
+            best, high = plan, plan.bpw
+        else:
+            low = target
+    note = f"smallest plan found with measured KL ≤ {max_kl} on held-out windows"
+    return BitPlan(best.schemes, best.bpw, best.costs, best.allocator, (*best.notes, note))
+
+
+def _where_predicted(
+    plan_at: Callable[[float], BitPlan], cost: float, low: float, high: float
+) -> float:
+    """Bits per weight in [low, high] where the plans' summed predicted cost falls to `cost`."""
+    for _ in range(12):
+        middle = (low + high) / 2
+        if sum(plan_at(middle).costs.values()) > cost:
+            low = middle
+        else:
+            high = middle
+    return high

@@ -1,0 +1,40 @@
+"""Output error that the chosen quantizer really makes, relative to the layer's output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lwquant.model.decoder import Decoder
+from lwquant.model.structure import get_weight
+from lwquant.progress import Progress, silent
+from lwquant.quantizers import Quantizer
+from lwquant.sensitivity.measurement import Measurement
+from lwquant.sensitivity.walk import block_stats, walk_blocks, weight_changes
+from lwquant.types import QuantScheme
+
+
+def output_error(
+    decoder: Decoder,
+    tokens: Tensor,
+    schemes: Sequence[QuantScheme],
+    quantizer: Quantizer,
+    *,
+    progress: Progress = silent,
+) -> Measurement:
+    """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) per scheme, (n_linears, n_schemes); 0 for a zero output."""
+    costs = []
+    for visit in walk_blocks(decoder, tokens):
+        progress("sensitivity", f"block {visit.index}", visit.index, decoder.n_blocks)
+        stats = block_stats(decoder, visit.index, visit.block, visit.inputs)
+        for spec in visit.linears:
+            module = visit.block.get_submodule(decoder.local_name(spec))
+            hessian = stats[spec.input_group].hessian
+            weight = get_weight(module)
+            changes = weight_changes(module, stats[spec.input_group], schemes, quantizer)
+            energy = ((weight @ hessian) * weight).sum().double().item()
+            errors = ((changes @ hessian) * changes).sum((1, 2)).double().cpu().clamp(min=0)
+            costs.append(errors / energy if energy > 0 else torch.zeros_like(errors))
+    return Measurement(torch.stack(costs))

@@ -1,0 +1,111 @@
+"""The stages of a run one at a time: model -> sensitivity report, report -> plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lwquant.allocators.plan import make_plan
+from lwquant.allocators.problem import fused_groups, problem_of
+from lwquant.capture.tokens import from_tokens
+from lwquant.errors import PlanError
+from lwquant.matmul import fast_float32
+from lwquant.prepare import OpenModel, open_model, prepare_tokens
+from lwquant.progress import Progress, StderrProgress
+from lwquant.recipe import Recipe, allocator_of, load_recipe, metric_of, rounding_of
+from lwquant.sensitivity.report import measure_sensitivity, read_report
+from lwquant.types import BitPlan, CalibrationSet, SensitivityReport
+
+
+def measure_model(
+    model: str | Path,
+    *,
+    recipe: str | Path | Recipe = "default",
+    calibration: str | Sequence[str] | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> SensitivityReport:
+    """What storing each linear in each scheme of the menu costs the model.
+
+    Arguments as for quantize(). Raises LwquantError as quantize() does.
+    """
+    progress = progress or StderrProgress()
+    chosen, texts = merged(recipe, calibration, settings)
+    metric_of(chosen.metric)
+    with fast_float32():
+        opened = open_model(model, device, revision)
+        windows, _ = prepare_tokens(opened, chosen, texts, progress)
+        return measure(opened, windows, chosen, progress)
+
+
+def plan(
+    report: str | Path | SensitivityReport,
+    *,
+    bpw: float,
+    recipe: str | Path | Recipe = "default",
+    **settings: Any,
+) -> BitPlan:
+    """The allocator's plan for a report; BudgetError outside floor and ceiling."""
+    known = report if isinstance(report, SensitivityReport) else read_report(Path(report))
+    chosen, _ = merged(recipe, None, settings)
+    return plan_report(known, bpw, recipe=chosen)
+
+
+def merged(
+    recipe: str | Path | Recipe, calibration: str | Sequence[str] | None, settings: dict[str, Any]
+) -> tuple[Recipe, list[str] | None]:
+    """The recipe with single settings put in, and the texts where they were given themselves."""
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if isinstance(calibration, str):
+        return chosen.changed(**settings, sources=(calibration,)), None
+    texts = None if calibration is None else list(calibration)
+    return chosen.changed(**settings), texts
+
+
+def measure(
+    opened: OpenModel, windows: CalibrationSet, recipe: Recipe, progress: Progress
+) -> SensitivityReport:
+    """Run the recipe's metric on the first `sensitivity_samples` calibration windows."""
+    few = from_tokens(windows.tokens[: recipe.sensitivity_samples], windows.source, windows.seed)
+    return measure_sensitivity(
+        opened.decoder,
+        few,
+        recipe.schemes(),
+        metric_of(recipe.metric),
+        rounding_of(recipe.quantizer, "none").quantizer,
+        model=opened.name,
+        progress=progress,
+    )
+
+
+def plan_report(report: SensitivityReport, bpw: float, *, recipe: Recipe) -> BitPlan:
+    """Run the recipe's allocator with its ties and pins."""
+    return make_plan(
+        report,
+        bpw,
+        allocator_of(recipe.allocator),
+        ties=fused_groups([spec.name for spec in report.linears]) if recipe.tie_fused else (),
+        pins={name: recipe.scheme(bits) for name, bits in recipe.pins.items()},
+        allow_worse=recipe.allow_worse,
+    )
+
+
+def check_budget(opened: OpenModel, recipe: Recipe, bpw: float) -> None:
+    """BudgetError naming floor and ceiling, before anything is measured."""
+    linears, schemes = opened.decoder.linears, recipe.schemes()
+    blank = SensitivityReport(linears, schemes, torch.zeros(len(linears), len(schemes)), {})
+    problem = problem_of(blank)
+    problem.check(int(bpw * problem.n_weights))
+
+
+def check_report(report: SensitivityReport | None, opened: OpenModel) -> None:
+    """PlanError when the report is of a model with other linears."""
+    if report is not None and report.linears != opened.decoder.linears:
+        raise PlanError(
+            f"the sensitivity report of {report.model!r} has other linears than the model"
+        )

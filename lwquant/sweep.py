@@ -1,0 +1,124 @@
+"""Perplexity and KL against bits: mixed plans at several budgets beside the uniform ones."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lwquant.allocators.plan import uniform_plan, write_plan
+from lwquant.capture.text import read_text_file
+from lwquant.capture.tokens import tokenize
+from lwquant.evaluate.plot import plot_sweep
+from lwquant.evaluate.windows import evenly_spread_windows
+from lwquant.export.folder import check_output, new_folder
+from lwquant.matmul import fast_float32
+from lwquant.prepare import OpenModel, open_model, prepare_tokens
+from lwquant.progress import Progress, StderrProgress
+from lwquant.recipe import Recipe, rounding_of
+from lwquant.search import measure_plan
+from lwquant.sensitivity.report import write_report
+from lwquant.stages import check_budget, measure, merged, plan_report
+from lwquant.types import BitPlan
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One measured plan."""
+
+    series: str  # "mixed" or "uniform"
+    bpw: float
+    megabytes: float  # all weight files
+    perplexity: float
+    reference_perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+    tokens: int
+
+
+def sweep(
+    model: str | Path,
+    *,
+    bpw: Sequence[float],
+    output: str | Path,
+    text: str | Path | None = None,
+    windows: int = 12,
+    recipe: str | Path | Recipe = "default",
+    calibration: str | Sequence[str] | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> list[SweepRow]:
+    """Quantize at each budget and at each uniform width in their range, and measure.
+
+    Writes sweep.csv, sweep.png, sensitivity.json and a plan per budget into `output`.
+
+    Args:
+        bpw: budgets in bits per weight.
+        text: file to measure on, in `windows` evenly spread windows of the recipe's seq_len; by
+            default the held-out windows of the calibration texts.
+
+    Raises LwquantError as quantize() does.
+    """
+    progress = progress or StderrProgress()
+    chosen, texts = merged(recipe, calibration, settings)
+    rounding = rounding_of(chosen.quantizer, chosen.correction)
+    check_output(output, overwrite)
+    with fast_float32(), new_folder(output, overwrite) as folder:
+        opened = open_model(model, device, revision)
+        for budget in bpw:
+            check_budget(opened, chosen, budget)
+        calibrated, held_out = prepare_tokens(opened, chosen, texts, progress)
+        if text is not None:
+            tokens = tokenize(read_text_file(Path(text)), opened.tokenizer)
+            held_out = evenly_spread_windows(tokens, chosen.seq_len, windows)
+        report = measure(opened, calibrated, chosen, progress)
+        write_report(report, folder / "sensitivity.json")
+        plans = [("mixed", plan_report(report, budget, recipe=chosen)) for budget in sorted(bpw)]
+        plans += [("uniform", plan) for plan in _uniform_plans(opened, chosen, min(bpw), max(bpw))]
+        rows = []
+        for series, plan in plans:
+            write_plan(plan, folder / f"plan-{series}-{plan.bpw:.3f}.json")
+            quality = measure_plan(
+                opened.decoder, plan, rounding, calibrated.tokens, held_out, progress
+            )
+            size = opened.other_bytes + plan.bpw * opened.n_weights / 8
+            rows.append(
+                SweepRow(
+                    series,
+                    plan.bpw,
+                    size / 1e6,
+                    quality.perplexity,
+                    quality.reference_perplexity,
+                    quality.kl_divergence,
+                    quality.top1_agreement,
+                    quality.tokens,
+                )
+            )
+        write_rows(rows, folder / "sweep.csv")
+        plot_sweep(rows, folder / "sweep.png", model=opened.name, text=str(text or "held-out"))
+    return rows
+
+
+def _uniform_plans(opened: OpenModel, recipe: Recipe, low: float, high: float) -> list[BitPlan]:
+    """Uniform plans inside the range of budgets, and the nearest one on each side of it."""
+    plans = [
+        uniform_plan(opened.decoder.linears, scheme)
+        for scheme in recipe.schemes()
+        if not scheme.is_float
+    ]
+    below = [plan for plan in plans if plan.bpw < low][-1:]
+    above = [plan for plan in plans if plan.bpw > high][:1]
+    return [*below, *(plan for plan in plans if low <= plan.bpw <= high), *above]
+
+
+def write_rows(rows: Sequence[SweepRow], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in fields(SweepRow)])
+        for row in rows:
+            writer.writerow([getattr(row, field.name) for field in fields(SweepRow)])

@@ -1,0 +1,130 @@
+"""Tables on stdout for people."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from lwquant.types import BitPlan, SensitivityReport
+
+if TYPE_CHECKING:  # these modules import what draws the tables
+    from lwquant.evaluate.evaluate import Evaluation
+    from lwquant.inspection import Inspection
+    from lwquant.pipeline import Result
+    from lwquant.sweep import SweepRow
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print one table; all columns but the first are right-aligned."""
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for position, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if position == 0 else "right")
+    for row in rows:
+        drawn.add_row(*(str(cell) for cell in row))
+    Console().print(drawn)
+
+
+def print_result(result: Result) -> None:
+    quality = result.held_out
+    table(
+        f"{result.folder}",
+        ["", "bits/weight", "MB", "perplexity", "KL", "top-1"],
+        [
+            ["original", "", "", f"{quality.reference_perplexity:.2f}", "0", "100 %"],
+            [
+                "quantized",
+                f"{result.bpw:.3f}",
+                f"{result.size_bytes / 1e6:.1f}",
+                f"{quality.perplexity:.2f}",
+                f"{quality.kl_divergence:.4f}",
+                f"{quality.top1_agreement:.1%}",
+            ],
+        ],
+    )
+    print(f"measured on {quality.tokens} held-out tokens of the calibration text")
+    print_widths({name: scheme.bits for name, scheme in result.plan.schemes.items()})
+    for note in result.plan.notes:
+        print(f"note: {note}")
+
+
+def print_widths(bits: Mapping[str, int]) -> None:
+    """How many linears of each role got which width."""
+    widths = sorted(set(bits.values()))
+    counts: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for name, width in bits.items():
+        counts[name.rsplit(".", 1)[-1]][width] += 1
+    table(
+        "linears per width",
+        ["role", *(f"{width} bits" for width in widths)],
+        [[role, *(row[width] or "" for width in widths)] for role, row in counts.items()],
+    )
+
+
+def print_report(report: SensitivityReport) -> None:
+    """The costliest linears, by the narrowest scheme."""
+    labels = [scheme.label for scheme in report.schemes]
+    order = report.costs[:, 0].argsort(descending=True).tolist()
+    rows = [
+        [report.linears[row].name, *(f"{cost:.3g}" for cost in report.costs[row].tolist())]
+        for row in order[:20]
+    ]
+    table(
+        f"cost by {report.metric.get('name')}: the 20 costliest linears", ["linear", *labels], rows
+    )
+
+
+def print_plan(plan: BitPlan) -> None:
+    print(f"{plan.bpw:.4f} bits per weight, predicted cost {sum(plan.costs.values()):.4g}")
+    print_widths({name: scheme.bits for name, scheme in plan.schemes.items()})
+    for note in plan.notes:
+        print(f"note: {note}")
+
+
+def print_evaluation(measured: Evaluation) -> None:
+    rows = [
+        [key, f"{value:.4f}" if isinstance(value, float) else value]
+        for key, value in asdict(measured).items()
+        if value is not None
+    ]
+    table("evaluation", ["", "value"], rows)
+
+
+def print_sweep(rows: Sequence[SweepRow]) -> None:
+    reference = rows[0].reference_perplexity
+    table(
+        f"the original has perplexity {reference:.2f}; {rows[0].tokens} tokens",
+        ["plan", "bits/weight", "MB", "perplexity", "KL", "top-1"],
+        [
+            [
+                row.series,
+                f"{row.bpw:.3f}",
+                f"{row.megabytes:.1f}",
+                f"{row.perplexity:.2f}",
+                f"{row.kl_divergence:.4f}",
+                f"{row.top1_agreement:.1%}",
+            ]
+            for row in sorted(rows, key=lambda row: row.bpw)
+        ],
+    )
+
+
+def print_inspection(found: Inspection) -> None:
+    record = found.record
+    print(
+        f"{record.base_model}: {record.bpw:.4f} bits per weight, "
+        f"{record.size_bytes / 1e6:.1f} MB (original {record.original_size_bytes / 1e6:.1f} MB)"
+    )
+    table(
+        f"cost by {record.metric.get('name')}",
+        ["linear", "bits", "group", "cost"],
+        [
+            [name, entry.bits, entry.group_size, "" if entry.cost is None else f"{entry.cost:.3g}"]
+            for name, entry in record.linears.items()
+        ],
+    )
+    print_widths({name: entry.bits for name, entry in record.linears.items()})

@@ -1,0 +1,69 @@
+"""The laws of every correction, and the least-squares oracle of error propagation."""
+
+import pytest
+import torch
+
+from lwquant.corrections import CORRECTIONS, error_propagation
+from lwquant.types import LayerStats
+
+every_correction = pytest.mark.parametrize("correct", CORRECTIONS.values(), ids=CORRECTIONS)
+
+
+def make_streams(seed=0, noise=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(12, 20, generator=generator)
+    floats = torch.randn(200, 20, generator=generator) @ torch.randn(20, 20, generator=generator)
+    inputs = floats + noise * torch.randn(200, 20, generator=generator)
+    return weight, floats, inputs
+
+
+def stats_of(floats, inputs):
+    return LayerStats(inputs.T @ inputs, (floats - inputs).T @ inputs, len(inputs))
+
+
+@every_correction
+def test_no_drift_changes_nothing(correct):
+    weight, floats, _ = make_streams()
+    torch.testing.assert_close(correct(weight, stats_of(floats, floats)), weight)
+
+
+@every_correction
+def test_the_output_on_the_calibration_inputs_comes_closer_to_the_float_one(correct):
+    weight, floats, inputs = make_streams()
+    corrected = correct(weight, stats_of(floats, inputs))
+    before = (floats @ weight.T - inputs @ weight.T).square().sum()
+    assert (floats @ weight.T - inputs @ corrected.T).square().sum() < before
+
+
+@every_correction
+def test_arguments_are_left_alone_and_missing_drift_is_refused(correct):
+    weight, floats, inputs = make_streams()
+    stats = stats_of(floats, inputs)
+    before = weight.clone(), stats.hessian.clone(), stats.drift.clone()
+    correct(weight, stats)
+    assert all(map(torch.equal, (weight, stats.hessian, stats.drift), before))
+    with pytest.raises(ValueError, match="drift"):
+        correct(weight, LayerStats(stats.hessian, None, 200))
+
+
+def test_full_strength_is_the_least_squares_solution():
+    weight, floats, inputs = make_streams()
+    got = error_propagation(weight, stats_of(floats, inputs), strength=1.0, damping=0.0)
+    wanted = torch.linalg.lstsq(inputs.double(), floats.double() @ weight.double().T).solution.T
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_error_falls_with_strength_and_half_strength_is_half_way():
+    weight, floats, inputs = make_streams()
+    stats = stats_of(floats, inputs)
+    steps = [error_propagation(weight, stats, strength=s, damping=0.0) for s in (0, 0.5, 1)]
+    errors = [(floats @ weight.T - inputs @ w.T).square().sum().item() for w in steps]
+    assert errors[0] > errors[1] > errors[2]
+    torch.testing.assert_close(steps[1], (steps[0] + steps[2]) / 2)
+
+
+def test_an_indefinite_hessian_is_refused_by_name():
+    weight, floats, inputs = make_streams()
+    broken = LayerStats(-torch.eye(20), stats_of(floats, inputs).drift, 200)
+    with pytest.raises(ValueError, match="not positive definite"):
+        error_propagation(weight, broken)

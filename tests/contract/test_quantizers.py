@@ -1,0 +1,226 @@
+"""The laws of every quantizer, and GPTQ's and the grid's own oracles."""
+
+from functools import partial
+
+import pytest
+import torch
+from oracles import obs_codes, proxy_loss
+
+from lwquant.quantizers import QUANTIZERS, gptq, rtn
+from lwquant.quantizers.gptq import inverse_cholesky
+from lwquant.quantizers.grid import fit_grid
+from lwquant.types import LayerStats, QuantScheme
+
+every_quantizer = pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
+every_width = pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+
+
+def make_layer(out_features=24, in_features=40, seed=0):
+    """A weight and correlated inputs: what rounding one column wrong does, others can repair."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    mixing = torch.randn(in_features, in_features, generator=generator)
+    inputs = torch.randn(4 * in_features, in_features, generator=generator) @ mixing
+    return weight, LayerStats(inputs.T @ inputs, None, len(inputs))
+
+
+@every_quantizer
+@every_width
+def test_codes_are_in_range_and_shaped_like_the_weight(quantize, bits):
+    weight, stats = make_layer()
+    got = quantize(weight, stats, QuantScheme(bits, 16))
+    assert got.codes.shape == weight.shape and got.codes.dtype == torch.uint8
+    assert got.codes.max() <= 2**bits - 1
+    assert got.scales.shape == got.zeros.shape == (24, 3)  # 40 = 16 + 16 + 8
+
+
+@every_quantizer
+@every_width
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_output_error_is_not_above_plain_rounding(quantize, bits, symmetric):
+    weight, stats = make_layer()
+    scheme = QuantScheme(bits, 16, symmetric)
+    got = proxy_loss(weight, quantize(weight, stats, scheme).dequantize(), stats.hessian)
+    plain = proxy_loss(weight, rtn(weight, stats, scheme).dequantize(), stats.hessian)
+    assert got <= plain * (1 + 1e-6)
+
+
+@every_quantizer
+def test_more_bits_mean_less_output_error(quantize):
+    weight, stats = make_layer()
+    errors = [
+        proxy_loss(weight, quantize(weight, stats, QuantScheme(b, 16)).dequantize(), stats.hessian)
+        for b in (2, 3, 4, 5, 6, 8)
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
+@every_quantizer
+def test_weights_on_the_grid_are_unchanged(quantize):
+    _, stats = make_layer(4, 64)
+    # A different step in each group, so that a grid shared between groups would show.
+    on_grid = torch.cat([torch.arange(16.0) * step for step in (1, 2, 3, 4)]).repeat(4, 1)
+    got = quantize(on_grid, stats, QuantScheme(4, 16)).dequantize()
+    torch.testing.assert_close(got, on_grid)
+
+
+@every_quantizer
+def test_rows_do_not_influence_each_other(quantize):
+    weight, stats = make_layer()
+    scheme = QuantScheme(3, 16)
+    whole = quantize(weight, stats, scheme).dequantize()
+    changed = weight.clone()
+    changed[5] *= -3
+    other = quantize(changed, stats, scheme).dequantize()
+    rest = [row for row in range(24) if row != 5]
+    torch.testing.assert_close(other[rest], whole[rest])
+    assert not torch.equal(other[5], whole[5])
+
+
+@every_quantizer
+def test_arguments_are_left_alone(quantize):
+    weight, stats = make_layer()
+    before = weight.clone(), stats.hessian.clone()
+    quantize(weight, stats, QuantScheme(3, 16))
+    assert torch.equal(weight, before[0]) and torch.equal(stats.hessian, before[1])
+
+
+@every_quantizer
+def test_zero_weights_and_silent_inputs_give_zero_and_finite_results(quantize):
+    weight, stats = make_layer()
+    scheme = QuantScheme(3, 16)
+    assert not quantize(torch.zeros_like(weight), stats, scheme).dequantize().any()
+    silent = stats.hessian.clone()
+    silent[3], silent[:, 3] = 0, 0
+    assert quantize(weight, LayerStats(silent, None, 1), scheme).dequantize().isfinite().all()
+    nothing = LayerStats(torch.zeros_like(silent), None, 1)
+    got = quantize(weight, nothing, scheme).dequantize()
+    assert (got - weight).abs().max() < weight.abs().max()
+
+
+@every_quantizer
+def test_scales_beyond_float16_are_refused(quantize):
+    weight, stats = make_layer()
+    with pytest.raises(ValueError, match="overflows float16"):
+        quantize(weight * 1e8, stats, QuantScheme(4, 16))
+
+
+@every_width
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_matches_column_by_column_least_squares(bits, act_order):
+    weight, stats = make_layer(6, 20)
+    scheme = QuantScheme(bits, 8)
+    damping = 0.01
+    got = gptq(weight, stats, scheme, damping=damping, act_order=act_order)
+    damped = stats.hessian + damping * stats.hessian.diagonal().mean() * torch.eye(20)
+    expand = torch.arange(20) // 8
+    order = list(range(20))
+    if act_order:
+        order = torch.argsort(stats.hessian.diagonal(), descending=True).tolist()
+    wanted = obs_codes(
+        weight,
+        damped,
+        got.scales.float()[:, expand],
+        got.zeros.float()[:, expand],
+        scheme.max_code,
+        order,
+    )
+    # float32 against float64: a value within rounding error of a tie may fall on the other side
+    assert (got.codes.double() != wanted).float().mean() <= 0.01
+
+
+def test_gptq_crosses_its_lazy_blocks_without_a_seam():
+    weight, stats = make_layer(3, 300, seed=1)
+    scheme = QuantScheme(3, 64)
+    got = gptq(weight, stats, scheme, act_order=False)
+    damped = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(300)
+    expand = torch.arange(300) // 64
+    scales, zeros = got.scales.float()[:, expand], got.zeros.float()[:, expand]
+    wanted = obs_codes(weight, damped, scales, zeros, scheme.max_code, list(range(300)))
+    assert (got.codes.double() != wanted).float().mean() <= 0.02
+
+
+def test_gptq_with_a_diagonal_hessian_is_plain_rounding_on_the_same_grid():
+    weight, _ = make_layer()
+    diagonal = LayerStats(torch.diag(torch.rand(40) + 0.5), None, 1)
+    scheme = QuantScheme(3, 16)
+    got = gptq(weight, diagonal, scheme)
+    grid = fit_grid(weight, scheme, diagonal.hessian.diagonal())
+    assert torch.equal(got.codes, grid.round(weight).byte())
+
+
+def test_a_singular_hessian_raises_the_damping_and_says_so():
+    weight, _ = make_layer(4, 16)
+    negative = torch.eye(16)
+    negative[0, 0] = -0.5  # indefinite, as sums in low precision can become
+    got = gptq(weight, LayerStats(negative, None, 1), QuantScheme(4, 16))
+    assert len(got.notes) == 1 and "damping raised from 0.01 to 1" in got.notes[0]
+    with pytest.raises(ValueError, match="not positive definite"):
+        inverse_cholesky(torch.diag(torch.tensor([-1e6, 1.0, 1e6, 1.0])), 0.01)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        inverse_cholesky(torch.full((4, 4), float("nan")), 0.01)
+
+
+def test_gptaq_without_drift_is_gptq_and_with_drift_comes_closer_to_the_float_output():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(16, 32, generator=generator)
+    mixing = torch.randn(32, 32, generator=generator)
+    floats = torch.randn(400, 32, generator=generator) @ mixing
+    inputs = floats + 0.3 * torch.randn(400, 32, generator=generator) @ mixing
+    hessian, drift = inputs.T @ inputs, (floats - inputs).T @ inputs
+    scheme = QuantScheme(4, 32)
+    plain = gptq(weight, LayerStats(hessian, None, 400), scheme)
+    still = gptq(weight, LayerStats(hessian, torch.zeros_like(drift), 400), scheme, asymmetry=1.0)
+    assert torch.equal(plain.codes, still.codes)
+    moved = gptq(weight, LayerStats(hessian, drift, 400), scheme, asymmetry=1.0)
+
+    def output_error(quantized):
+        return (floats @ weight.T - inputs @ quantized.dequantize().T).square().sum()
+
+    assert output_error(moved) < 0.97 * output_error(plain)
+    with pytest.raises(ValueError, match="drift"):
+        gptq(weight, LayerStats(hessian, None, 400), scheme, asymmetry=0.25)
+
+
+@every_width
+def test_plain_rounding_errs_by_at_most_half_a_step_inside_the_range(bits):
+    weight, stats = make_layer()
+    scheme = QuantScheme(bits, 40)
+    got = rtn(weight, stats, scheme)
+    # min and max are on the grid up to the rounding of the zero point, half a step, and of the
+    # scale to float16, 2⁻¹¹ of the range.
+    allowed = got.scales.float() * (1.0 + 2**bits * 2**-11)
+    assert ((got.dequantize() - weight).abs() <= allowed).all()
+    inside = (got.codes > 0) & (got.codes < scheme.max_code)
+    error = (got.dequantize() - weight).abs() / got.scales.float()
+    assert error[inside].max() <= 0.5 + 1e-3
+
+
+def test_the_grid_search_finds_what_trying_every_range_finds():
+    generator = torch.Generator().manual_seed(5)
+    row = torch.randn(1, 32, generator=generator)
+    row[0, 7] = 6.0  # an outlier that is worth clipping at 2 bits
+    importance = torch.rand(32, generator=generator)
+    scheme = QuantScheme(2, 32)
+
+    def error(grid):
+        codes = grid.round(row)
+        rounded = (codes - grid.zeros) * grid.scales
+        return ((rounded - row).square() * importance).sum().item()
+
+    searched, plain = fit_grid(row, scheme, importance), fit_grid(row, scheme, search=False)
+    best = min(
+        error(fit_grid(row.clamp(row.min() * s, row.max() * s), scheme, search=False))
+        for s in torch.linspace(0.3, 1, 200).tolist()
+    )
+    assert error(searched) < 0.8 * error(plain)
+    assert error(searched) <= best * 1.05
+
+
+def test_settings_reach_the_grid():
+    weight, stats = make_layer()
+    scheme = QuantScheme(2, 16)
+    searched = partial(rtn, search=True)(weight, stats, scheme).dequantize()
+    assert (searched - weight).square().sum() < (
+        rtn(weight, stats, scheme).dequantize() - weight
+    ).square().sum()

@@ -1,0 +1,313 @@
+"""A checkpoint goes in, a smaller model that transformers loads comes out."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import KINDS, random_model
+from transformers import AutoModelForCausalLM
+
+import lwquant
+from lwquant.errors import (
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    LwquantError,
+    OutputError,
+    PlanError,
+    UnsupportedModelError,
+)
+from lwquant.export.folder import verify
+from lwquant.recipe import Recipe
+from lwquant.types import QuantScheme
+
+SMALL = Recipe(n_samples=12, seq_len=96, held_out=6, sensitivity_samples=8, group_size=32)
+QUIET = {"progress": lambda *_: None}
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory, heldout_text):
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(heldout_text[:16000])
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def test_text(tmp_path_factory, heldout_text):
+    path = tmp_path_factory.mktemp("text") / "test.txt"
+    path.write_text(heldout_text[16000:])
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, calibration, tmp_path_factory):
+    """One run at 3.6 bits, shared by the tests that only look at it."""
+    output = tmp_path_factory.mktemp("made") / "out"
+    return lwquant.quantize(
+        tiny_folder, bpw=3.6, output=output, recipe=SMALL, calibration=calibration, **QUIET
+    )
+
+
+def quantized(folder, output, calibration, **arguments):
+    recipe = arguments.pop("recipe", SMALL)
+    return lwquant.quantize(
+        folder, output=output, recipe=recipe, calibration=calibration, **QUIET, **arguments
+    )
+
+
+def test_the_budget_is_kept_and_counts_every_stored_bit(made):
+    assert made.bpw <= 3.6 and made.bpw > 3.5
+    tensors = load_file(made.folder / "model.safetensors")
+    packed = [t for n, t in tensors.items() if n.endswith((".qweight", ".scales", ".zeros"))]
+    stored = sum(t.numel() * t.element_size() * 8 for t in packed)
+    weights = sum(
+        t.numel()
+        for n, t in load_file(made_from(made) / "model.safetensors").items()
+        if n.endswith("_proj.weight")
+    )
+    assert stored / weights == pytest.approx(made.bpw, abs=1e-9)
+
+
+def made_from(result) -> Path:
+    return Path(json.loads((result.folder / "lwquant.json").read_text())["base_model"])
+
+
+def test_the_result_loads_generates_and_is_complete(made, tiny_tokenizer):
+    verify(made.folder)
+    model = AutoModelForCausalLM.from_pretrained(made.folder)
+    prompt = tiny_tokenizer("The function", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] > 5
+    assert (made.folder / "tokenizer.json").exists()
+
+
+def test_perplexity_and_kl_on_other_text_are_small_and_fall_with_bits(
+    made, tiny_folder, calibration, test_text, tmp_path
+):
+    coarse = quantized(tiny_folder, tmp_path / "2", calibration, bpw=2.7)
+    results = [
+        lwquant.evaluate(
+            folder, text=test_text, reference=tiny_folder, seq_len=96, windows=8, cache=None
+        )
+        for folder in (coarse.folder, made.folder)
+    ]
+    assert results[0].kl_divergence > 2 * results[1].kl_divergence > 0
+    assert results[1].kl_divergence < 0.15
+    assert results[1].perplexity < 1.15 * results[1].reference_perplexity
+    assert math.isclose(results[1].bpw, made.bpw)
+
+
+def test_the_kl_seen_while_quantizing_is_the_kl_of_the_saved_model(
+    made, tiny_folder, calibration, tiny_tokenizer
+):
+    from lwquant.prepare import open_model, prepare_tokens
+
+    opened = open_model(tiny_folder)
+    _, held_out = prepare_tokens(opened, replace(SMALL, sources=(calibration,)))
+    model = AutoModelForCausalLM.from_pretrained(made.folder)
+    original = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        p = original(held_out).logits[:, :-1].log_softmax(-1)
+        q = model(held_out).logits[:, :-1].log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert kl == pytest.approx(made.held_out.kl_divergence, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture_goes_through_the_whole_pipeline(kind, tmp_path, calibration):
+    folder = random_model(kind, tmp_path / "model")
+    recipe = replace(SMALL, n_samples=3, seq_len=24, held_out=2, sensitivity_samples=2)
+    result = quantized(folder, tmp_path / "out", calibration, bpw=4.7, recipe=recipe)
+    assert result.bpw <= 4.7
+    widths = {scheme.bits for scheme in result.plan.schemes.values()}
+    assert len(widths) > 1
+    tokens = torch.randint(512, (2, 24))
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(result.folder)(tokens).logits
+        wanted = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    error = (got - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
+    assert error < 0.3
+
+
+@pytest.mark.parametrize("correction", ["none", "qep", "gptaq"])
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_quantizers_and_corrections_compose(
+    quantizer, correction, tiny_folder, calibration, tmp_path
+):
+    plan = {name: QuantScheme(3, 32) for name in names_of(tiny_folder)}
+    plan = lwquant.BitPlan(plan, 0.0)
+    arguments = {"plan": plan, "quantizer": quantizer, "correction": correction}
+    if (quantizer, correction) == ("rtn", "gptaq"):
+        with pytest.raises(LwquantError, match="gptq"):
+            quantized(tiny_folder, tmp_path / "out", calibration, **arguments)
+        return
+    got = quantized(tiny_folder, tmp_path / "out", calibration, **arguments)
+    assert 0 < got.held_out.kl_divergence < (0.5 if quantizer == "rtn" else 0.3)
+
+
+def names_of(folder):
+    return [
+        n.removesuffix(".weight")
+        for n in load_file(folder / "model.safetensors")
+        if n.endswith("_proj.weight")
+    ]
+
+
+def test_gptq_beats_rounding_and_the_mixed_plan_beats_uniform(tiny_folder, calibration, tmp_path):
+    uniform = lwquant.BitPlan({n: QuantScheme(3, 32) for n in names_of(tiny_folder)}, 0.0)
+
+    def kl(name, **arguments):
+        result = quantized(tiny_folder, tmp_path / name, calibration, **arguments)
+        return result.held_out.kl_divergence, result.bpw
+
+    rtn, _ = kl("rtn", plan=uniform, quantizer="rtn", correction="none")
+    gptq, bpw = kl("gptq", plan=uniform, correction="none")
+    even, _ = kl("even", bpw=3.6, allocator="uniform")
+    mixed, mixed_bpw = kl("mixed", bpw=3.6)
+    assert gptq < 0.9 * rtn
+    assert mixed < 0.95 * even and mixed_bpw <= 3.6
+
+
+def test_every_stage_can_be_edited_and_fed_back(made, tiny_folder, calibration, tmp_path):
+    plan = json.loads((made.folder / "plan.json").read_text())
+    name = next(n for n, entry in plan["linears"].items() if entry["bits"] < 8)
+    plan["linears"][name]["bits"] = 8
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    got = quantized(tiny_folder, tmp_path / "out", calibration, plan=tmp_path / "plan.json")
+    assert got.plan.schemes[name].bits == 8 and got.bpw > made.bpw
+    again = quantized(
+        tiny_folder,
+        tmp_path / "two",
+        calibration,
+        report=made.folder / "sensitivity.json",
+        bpw=3.6,
+    )
+    assert again.plan.schemes == made.plan.schemes
+
+
+def test_the_same_seed_gives_the_same_bytes(made, tiny_folder, calibration, tmp_path):
+    again = quantized(tiny_folder, tmp_path / "again", calibration, bpw=3.6)
+    first = (made.folder / "model.safetensors").read_bytes()
+    assert (again.folder / "model.safetensors").read_bytes() == first
+
+
+def test_a_size_budget_bounds_the_weight_files(tiny_folder, calibration, tmp_path):
+    result = quantized(tiny_folder, tmp_path / "out", calibration, size="0.5MB")
+    files = result.folder.glob("*.safetensors")
+    assert 0.45e6 < result.size_bytes <= 0.5e6
+    assert sum(path.stat().st_size for path in files) < 0.5e6 + 20_000  # headers
+    with pytest.raises(BudgetError, match="below the floor.*MB"):
+        quantized(tiny_folder, tmp_path / "none", calibration, size="10kB")
+
+
+def test_a_kl_limit_finds_the_smallest_model_that_keeps_it(tiny_folder, calibration, tmp_path):
+    strict = quantized(tiny_folder, tmp_path / "a", calibration, max_kl=0.02)
+    loose = quantized(tiny_folder, tmp_path / "b", calibration, max_kl=0.2)
+    assert strict.held_out.kl_divergence <= 0.02 and loose.held_out.kl_divergence <= 0.2
+    assert loose.bpw < strict.bpw - 0.3
+    assert loose.held_out.kl_divergence > 0.1  # not far below the limit: smaller was possible
+
+
+def test_tied_and_pinned_linears_are_obeyed(tiny_folder, calibration, tmp_path):
+    pin = "model.layers.2.mlp.down_proj"
+    recipe = replace(SMALL, tie_fused=True, pins={pin: 8})
+    plan = quantized(tiny_folder, tmp_path / "out", calibration, bpw=4.0, recipe=recipe).plan
+    assert plan.schemes[pin].bits == 8
+    for block in range(4):
+        roles = [f"model.layers.{block}.self_attn.{r}_proj" for r in "qkv"]
+        assert len({plan.schemes[name] for name in roles}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"bpw": 1.0}, BudgetError, r"below the floor.*reaches 2\.\d+ to 16"),
+        ({"bpw": 17}, BudgetError, "above the ceiling"),
+        ({}, BudgetError, "exactly one"),
+        ({"bpw": 3, "size": "1MB"}, BudgetError, "exactly one"),
+        ({"bpw": -1}, BudgetError, "above 0"),
+        ({"bpw": 3.5, "metric": "magic"}, LwquantError, "unknown metric 'magic'"),
+        ({"bpw": 3.5, "allocator": "best"}, LwquantError, "unknown allocator"),
+        ({"bpw": 3.5, "seq_len": 100_000}, CalibrationError, "100000"),
+        ({"size": "lots"}, BudgetError, "lots"),
+    ],
+)
+def test_bad_arguments_are_refused_and_leave_nothing(
+    arguments, error, message, tiny_folder, calibration, tmp_path
+):
+    with pytest.raises(error, match=message):
+        quantized(tiny_folder, tmp_path / "out", calibration, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_refused_before_the_model_is_even_looked_for(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        lwquant.quantize(tmp_path / "no-model", bpw=3, output=tmp_path / "out", **QUIET)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+
+
+def test_nan_weights_and_foreign_architectures_are_refused_early(tmp_path, calibration):
+    folder = random_model("llama", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj.weight"):
+        quantized(folder, tmp_path / "out", calibration, bpw=4)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["BertForMaskedLM"]
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    with pytest.raises(UnsupportedModelError, match="BertForMaskedLM"):
+        quantized(folder, tmp_path / "out", calibration, bpw=4)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda e: e.update({"model.layers.9.x": {"bits": 3}}), "no linear 'model.layers.9.x'"),
+        (lambda e: e.pop("model.layers.0.mlp.up_proj"), "up_proj' is missing"),
+        (lambda e: e["model.layers.0.mlp.up_proj"].update(bits=11), "bits=11"),
+        (lambda e: e["model.layers.0.mlp.up_proj"].pop("bits"), "up_proj"),
+        (lambda e: e.update({"model.layers.0.mlp.up_proj": 3}), "up_proj"),
+    ],
+)
+def test_an_edited_plan_with_mistakes_is_refused(
+    edit, message, made, tiny_folder, calibration, tmp_path
+):
+    plan = json.loads((made.folder / "plan.json").read_text())
+    edit(plan["linears"])
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(PlanError, match=message):
+        quantized(tiny_folder, tmp_path / "out", calibration, plan=tmp_path / "plan.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_run_leaves_nothing_that_looks_whole(tiny_folder, calibration, tmp_path):
+    script = (
+        "import lwquant, sys, time\n"
+        "def slow(stage, *_):\n"
+        "    print(stage, flush=True)\n"
+        "    if stage == 'quantize': time.sleep(60)\n"
+        f"lwquant.quantize({str(tiny_folder)!r}, bpw=4, output={str(tmp_path / 'out')!r},\n"
+        f"    calibration={calibration!r}, metric='outlier_count', n_samples=8, seq_len=64,\n"
+        "    group_size=32, progress=slow)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("quantize"):
+                break
+        time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    assert all(path.name.startswith(".out.partial") for path in tmp_path.iterdir())

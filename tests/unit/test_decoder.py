@@ -1,0 +1,101 @@
+"""The block-by-block decoder against transformers' own forward, for every architecture."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import KINDS, random_model
+from transformers import AutoModelForCausalLM
+
+from lwquant.errors import CheckpointError, UnsupportedModelError
+from lwquant.model.checkpoint import open_checkpoint
+from lwquant.model.decoder import Decoder
+
+# What reads the same tensor must share a number, what does not must not.
+GROUPS = {
+    "llama": "q_proj k_proj v_proj | o_proj | gate_proj up_proj | down_proj",
+    "phi3": "qkv_proj | o_proj | gate_up_proj | down_proj",
+    "gpt2": "c_attn | attn.c_proj | c_fc | mlp.c_proj",
+    "opt": "q_proj k_proj v_proj | out_proj | fc1 | fc2",
+    "gpt_neox": "query_key_value | attention.dense | dense_h_to_4h | dense_4h_to_h",
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    return random_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@torch.no_grad()
+def test_blocks_one_by_one_give_the_logits_of_the_whole_model(folder):
+    tokens = torch.randint(512, (3, 24))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    decoder = Decoder.open(open_checkpoint(folder))
+    got = decoder.head(decoder.last_hidden(tokens))
+    torch.testing.assert_close(got, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_every_projection_is_found_and_only_one_block_is_in_memory(folder):
+    decoder = Decoder.open(open_checkpoint(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    head = model.get_output_embeddings()
+    wanted = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and module is not head
+    }
+    assert {spec.name for spec in decoder.linears} == set(wanted)
+    for spec in decoder.linears:
+        assert spec.n_weights == wanted[spec.name].weight.numel()
+    with decoder.loaded(1) as block:
+        assert not any(parameter.is_meta for parameter in block.parameters())
+        assert all(parameter.is_meta for parameter in decoder.blocks[0].parameters())
+    assert all(parameter.is_meta for parameter in decoder.blocks.parameters())
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_linears_that_read_the_same_tensor_share_an_input_group(kind, tmp_path):
+    decoder = Decoder.open(open_checkpoint(random_model(kind, tmp_path)))
+    found = {}
+    for spec in decoder.block_linears(1):
+        found.setdefault(spec.input_group, []).append(spec.name)
+    wanted = [group.split() for group in GROUPS[kind].split(" | ")]
+    assert len(found) == len(wanted)
+    for names, ends in zip((found[g] for g in sorted(found)), wanted, strict=True):
+        assert len(names) == len(ends)
+        assert all(any(n.endswith(end) for n in names) for end in ends)
+
+
+def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path):
+    folder = random_model("llama", tmp_path)
+    source = open_checkpoint(folder)
+    gone = "model.layers.1.mlp.up_proj.weight"
+    names = source.names()
+    source.names = lambda: tuple(name for name in names if name != gone)
+    with pytest.raises(CheckpointError, match=gone):
+        Decoder.open(source)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
+    decoder_error = "asks for"
+    with pytest.raises(CheckpointError, match=decoder_error):
+        decoder = Decoder.open(open_checkpoint(folder))
+        with decoder.loaded(0):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "BertForMaskedLM"),
+        ({"architectures": ["BertLMHeadModel"], "model_type": "bert"}, "not a decoder-only"),
+        ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "not a decoder"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "not a decoder-only"),
+        ({"model_type": "no_such_model"}, "no_such_model"),
+    ],
+)
+def test_anything_but_a_decoder_only_causal_lm_is_refused(tmp_path, changes, message):
+    folder = random_model("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(UnsupportedModelError, match=message):
+        Decoder.open(open_checkpoint(folder))

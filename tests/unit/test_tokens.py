@@ -1,0 +1,72 @@
+"""Calibration windows: the same for the same seed, and refused in words."""
+
+import pytest
+import torch
+
+from lwquant.capture.generate import sample_windows
+from lwquant.capture.text import read_source
+from lwquant.capture.tokens import calibration_set, cut_windows, token_hash, tokenize
+from lwquant.errors import CalibrationError
+
+
+def test_windows_are_whole_disjoint_pieces_of_the_text_fixed_by_the_seed():
+    tokens = torch.arange(1000)
+    windows = cut_windows(tokens, 5, 64, seed=3, source="text")
+    assert windows.shape == (5, 64)
+    assert all((row == row[0] + torch.arange(64)).all() and row[0] % 64 == 0 for row in windows)
+    assert len({int(row[0]) for row in windows}) == 5
+    assert torch.equal(windows, cut_windows(tokens, 5, 64, seed=3, source="text"))
+    assert not torch.equal(windows, cut_windows(tokens, 5, 64, seed=4, source="text"))
+
+
+def test_a_text_shorter_than_its_windows_is_refused_with_both_lengths():
+    with pytest.raises(CalibrationError, match=r"notes.txt: 100 tokens give 1 windows of 64, 2"):
+        cut_windows(torch.arange(100), 2, 64, seed=0, source="notes.txt")
+
+
+def test_empty_and_missing_texts_are_refused(tmp_path, tiny_tokenizer):
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(CalibrationError, match="empty.txt is empty"):
+        read_source(str(tmp_path / "empty.txt"))
+    with pytest.raises(CalibrationError, match=r"gone.txt"):
+        read_source(str(tmp_path / "gone.txt"))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CalibrationError, match="binary.txt"):
+        read_source(str(tmp_path / "binary.txt"))
+    with pytest.raises(CalibrationError, match="is empty"):
+        calibration_set([("mine", "")], tiny_tokenizer, n_samples=1, seq_len=8, seed=0)
+    with pytest.raises(CalibrationError, match="no calibration text"):
+        calibration_set([], tiny_tokenizer, n_samples=1, seq_len=8, seed=0)
+
+
+def test_sources_share_the_windows_equally(tiny_tokenizer, heldout_text):
+    texts = [("first", heldout_text[:9000]), ("second", heldout_text[9000:20000])]
+    made = calibration_set(texts, tiny_tokenizer, n_samples=7, seq_len=32, seed=0)
+    assert made.tokens.shape == (7, 32) and made.source == "first + second"
+    first = tokenize(texts[0][1], tiny_tokenizer)
+    pieces = {tuple(row.tolist()) for row in first[: len(first) // 32 * 32].view(-1, 32)}
+    assert sum(tuple(row.tolist()) in pieces for row in made.tokens) == 4
+
+
+def test_the_hash_tells_content_and_shape_apart():
+    tokens = torch.arange(12)
+    assert token_hash(tokens.view(3, 4)) == token_hash(tokens.view(3, 4).clone())
+    assert token_hash(tokens.view(3, 4)) != token_hash(tokens.view(4, 3))
+    assert token_hash(tokens.view(3, 4)) != token_hash(tokens.view(3, 4) + 1)
+
+
+def test_the_interpreters_english_is_there_offline():
+    assert len(read_source("builtin")) > 300_000
+
+
+def test_text_sampled_from_the_model_is_likely_under_it_and_fixed_by_the_seed(tiny_folder):
+    windows = sample_windows(tiny_folder, 3, 24, seed=1)
+    assert windows.shape == (3, 24)
+    assert torch.equal(windows, sample_windows(tiny_folder, 3, 24, seed=1))
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        sampled = model(windows, labels=windows).loss
+        noise = torch.randint(512, windows.shape)
+        assert sampled < model(noise, labels=noise).loss - 1
