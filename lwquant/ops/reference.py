@@ -40,6 +40,6 @@ def linear_reference(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x Wᵀ + bias, (..., in_features) → (..., out_features): float32 inside, the dtype of x outside."""
+    """x Wᵀ + bias in float32, as the dtype of x: (..., in_features) → (..., out_features)."""
     weight = dequantize_reference(qweight, scales, zeros, bits, group_size, x.shape[-1])
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
