@@ -148,6 +148,14 @@ void multiply(const Weight& w, const Activations& a, const Rows& given, int64_t 
         for (int t = 0; t < TOKENS; ++t) products[r][t] = _mm512_setzero_si512();
       }
       if (word <= careful) {
+        // The next two rows: the hardware follows two interleaved rows badly, and stops at pages.
+        // Beyond the end of the weight a prefetch does nothing.
+        for (int ahead = 0; ahead < STEPS * BITS; ahead += 16) {
+          for (int r = 0; r < 2; ++r) {
+            const int32_t* next = rows.codes[r] + 2 * w.row_words + word + ahead;
+            _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+          }
+        }
 #pragma GCC unroll 4
         for (int step = 0; step < STEPS; ++step, word += BITS, q += kStep) {
           add_step<BITS, TOKENS>(rows, word, kWordBits, q, q_stride, products);
