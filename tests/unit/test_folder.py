@@ -259,17 +259,29 @@ def test_a_file_of_the_right_size_with_other_bytes_is_named(tmp_path):
     bad(tmp_path / "out", "config.json", "was changed")
 
 
+def test_a_shortened_file_is_named_with_both_sizes(tmp_path):
+    (result(tmp_path / "out") / "config.json").write_text("{")
+    bad(tmp_path / "out", "config.json", f"has 1 bytes, {MANIFEST} says 8")
+
+
 def test_an_extra_file_is_named(tmp_path):
     (result(tmp_path / "out") / "sub" / "extra.bin").touch()
     bad(tmp_path / "out", "sub/extra.bin", "is not in")
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"files": {}}', '{"files": {"config.json": 3}}']
+    ("content", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "lists no files"),
+        ('{"files": {}}', "lists no files"),
+        ('{"files": {"config.json": 3}}', "has no bytes and sha256 for 'config.json'"),
+    ],
 )
-def test_a_damaged_manifest_is_refused(content, tmp_path):
+def test_a_damaged_manifest_is_refused(content, words, tmp_path):
     (result(tmp_path / "out") / MANIFEST).write_text(content)
-    bad(tmp_path / "out", MANIFEST)
+    bad(tmp_path / "out", MANIFEST, words)
 
 
 def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path):
