@@ -238,8 +238,10 @@ def _read_shards(folder: Path) -> dict[str, Header]:
         found = _read_index(folder)
     else:
         pickles = [f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern)]
-        hint = f"; {min(pickles)} is pickle, and only safetensors is read" if pickles else ""
-        raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}{hint}")
+        hint = f"{min(pickles)} is pickle, and " if pickles else ""
+        raise CheckpointError(
+            f"{folder}: has neither {SINGLE} nor {INDEX}; {hint}only safetensors is read"
+        )
     if not found:
         raise CheckpointError(f"{folder}: its safetensors hold no tensors")
     return found

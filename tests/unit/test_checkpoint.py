@@ -207,7 +207,7 @@ def test_a_folder_of_pickle_is_refused(tmp_path):
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     (single(tmp_path) / "model.safetensors").unlink()
-    refused(tmp_path, "neither model.safetensors nor model.safetensors.index.json")
+    refused(tmp_path, "nor model.safetensors.index.json; only safetensors is read")
 
 
 def test_a_file_without_tensors_is_refused(tmp_path):
