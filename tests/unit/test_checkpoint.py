@@ -1,21 +1,15 @@
-"""Opening and reading checkpoints: what is refused, with which words, and what is read."""
+"""Opening and reading model folders: what is refused, with which words, and what is read."""
 
 import json
 import resource
-import tempfile
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
 from lwquant.errors import CheckpointError
-from lwquant.model.checkpoint import Checkpoint, open_checkpoint, resolve
-from lwquant.model.safetensors_header import read_header
+from lwquant.model.checkpoint import Checkpoint, open_checkpoint
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -51,15 +45,6 @@ def sharded(folder: Path) -> Path:
         save_file({name: tensors()[name] for name in names}, folder / file)
     write_index(folder, {name: file for file, names in parts.items() for name in names})
     return folder
-
-
-def raw(header: object, n_data: int) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + bytes(n_data)
-
-
-def claim(dtype: str, shape: list, start: int, stop: int) -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
 # ---------------------------------------------------------------- what is read
@@ -211,7 +196,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 
 def test_a_file_without_tensors_is_refused(tmp_path):
-    (single(tmp_path) / "model.safetensors").write_bytes(raw({}, 0))
+    (single(tmp_path) / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     refused(tmp_path, "hold no tensors")
 
 
@@ -291,77 +276,6 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     refused(tmp_path, "'mask'", f"is in {FIRST} and in {SECOND}")
 
 
-# ---------------------------------------------------------------- bad safetensors
-
-
-def header_refused(folder: Path, content: bytes, *words: str) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError) as caught:
-        read_header(path)
-    for word in (str(path), *words):
-        assert word in str(caught.value)
-
-
-@settings(max_examples=150, deadline=None, database=None)
-@given(share=st.floats(0, 1, exclude_max=True))
-def test_every_proper_prefix_of_a_file_is_refused(share):
-    whole = save(tensors(), {"format": "pt"})
-    with tempfile.TemporaryDirectory() as folder:
-        header_refused(Path(folder), whole[: int(share * len(whole))], "truncated")
-
-
-def test_a_truncated_file_is_refused_with_the_tensor_and_both_sizes(tmp_path):
-    whole = save({"a": torch.zeros(4), "b": torch.zeros(4)})
-    words = ("tensor 'b'", f"ends at byte {len(whole)}", f"the file has {len(whole) - 5} bytes")
-    header_refused(tmp_path, whole[:-5], "truncated", *words)
-
-
-def test_a_file_that_goes_on_after_its_tensors_is_refused(tmp_path):
-    header_refused(tmp_path, save(tensors()) + b"12345", "5 bytes follow the last tensor")
-
-
-@pytest.mark.parametrize(
-    ("header", "n_data", "words"),
-    [
-        ({"w": claim("F32", [4], 0, 8)}, 8, "'w' of dtype F32 and shape (4,) needs 16 bytes"),
-        ({"w": claim("F16", [4], 0, 16)}, 16, "needs 8 bytes, its offsets hold 16"),
-        ({"w": claim("F33", [4], 0, 16)}, 16, "unknown dtype 'F33'"),
-        ({"w": claim("F32", [-4], 0, 16)}, 16, "impossible shape"),
-        ({"w": claim("F32", [True], 0, 4)}, 4, "impossible shape"),
-        ({"w": claim("F32", [0, 2**63], 0, 0)}, 0, "impossible shape"),
-        ({"w": claim("F32", [4.0], 0, 16)}, 16, "impossible shape"),
-        ({"w": claim("F32", [4], 16, 0)}, 16, "impossible offsets"),
-        ({"w": claim("F32", [4], -16, 0)}, 16, "impossible offsets"),
-        ({"w": {"dtype": "F32", "shape": [4]}}, 16, "lacks dtype, shape or data_offsets"),
-        ({"w": [1, 2]}, 16, "lacks dtype, shape or data_offsets"),
-        ({"w": {**claim("F32", [4], 0, 16), "dtype": ["F32"]}}, 16, "unknown dtype"),
-        ({"w": claim("F32", [4], 4, 20)}, 20, "leaves a hole before it"),
-        (
-            {"v": claim("F32", [4], 0, 16), "w": claim("F32", [4], 8, 24)},
-            24,
-            "'w' overlaps the tensor before it",
-        ),
-        ({"__metadata__": 3}, 0, "__metadata__"),
-        ([1], 0, "not a JSON object"),
-        (b'{"w": ', 0, "not JSON"),
-        (b"\xff\xfe", 0, "not JSON"),
-        (b'{"w":' * 50_000, 0, "not JSON"),
-        (b'{"w": {}, "w": {}}', 0, "names 'w' twice"),
-    ],
-)
-def test_a_lying_header_is_refused(header, n_data, words, tmp_path):
-    header_refused(tmp_path, raw(header, n_data), words)
-
-
-def test_a_huge_header_length_is_refused_without_reading_it(tmp_path):
-    header_refused(tmp_path, (2**62).to_bytes(8, "little") + b"{}", "is not safetensors")
-
-
-def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path):
-    header_refused(tmp_path, b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer")
-
-
 # ---------------------------------------------------------------- bad values
 
 
@@ -404,80 +318,3 @@ def test_a_file_that_changes_after_opening_is_refused(tmp_path):
         checkpoint.read("scalar")
     with pytest.raises(CheckpointError, match=r"'mask' cannot be read"):
         checkpoint.read("mask")
-
-
-# ---------------------------------------------------------------- where a model is
-
-
-def test_a_local_folder_resolves_to_itself(tmp_path):
-    assert resolve(str(single(tmp_path))) == tmp_path
-
-
-@pytest.mark.parametrize("model", ["", "./none", "../none", "/none", "~/none", "a/b/c", "x.gguf"])
-def test_a_local_path_that_does_not_exist_is_refused_without_asking_the_hub(model, no_hub):
-    with pytest.raises(CheckpointError, match="no such folder"):
-        resolve(model)
-
-
-def test_a_path_object_is_never_a_hub_id(no_hub):
-    with pytest.raises(CheckpointError, match="no such folder"):
-        resolve(Path("user/none"))
-
-
-def test_a_file_that_is_no_model_is_refused(tmp_path, no_hub):
-    (tmp_path / "weights.bin").touch()
-    with pytest.raises(CheckpointError, match=r"neither a model folder nor a \.gguf file"):
-        resolve(tmp_path / "weights.bin")
-
-
-def test_a_revision_of_a_local_folder_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="revision='main' has no meaning"):
-        resolve(single(tmp_path), revision="main")
-
-
-def test_a_name_too_long_for_the_file_system_is_refused(no_hub):
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        resolve("a" * 5000)
-
-
-@pytest.fixture
-def no_hub(monkeypatch):
-    def fail(*_args: object, **_settings: object) -> str:
-        pytest.fail("the hub was asked")  # no Exception, so nothing turns it into an error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-
-
-def test_nothing_that_can_run_is_asked_from_the_hub(tmp_path, monkeypatch):
-    asked = {}
-
-    def download(model: str, **request: object) -> str:
-        asked.update(request, model=model)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve("user/model", revision="v1") == tmp_path
-    assert (asked["model"], asked["revision"]) == ("user/model", "v1")
-
-    repo = ["model.safetensors", "config.json", "chat_template.jinja", "tokenizer.model"]
-    unsafe = ["pytorch_model.bin", "modeling_x.py", "model.pt", "model.gguf", "onnx/config.json"]
-    chosen = huggingface_hub.utils.filter_repo_objects(
-        [*repo, *unsafe],
-        allow_patterns=asked["allow_patterns"],
-        ignore_patterns=asked["ignore_patterns"],
-    )
-    assert list(chosen) == repo
-
-
-def test_an_unreachable_hub_is_an_error_that_says_so(monkeypatch):
-    def fail(*_args: object, **_settings: object) -> str:
-        raise LocalEntryNotFoundError("connection refused")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match=r"'user/model'.*hub cannot be reached.*refused"):
-        resolve("user/model")
-
-
-def test_a_name_that_is_no_hub_id_is_refused_before_any_request():
-    with pytest.raises(CheckpointError, match="neither an existing path nor a hub id"):
-        resolve("no such model")
