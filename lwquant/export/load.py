@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -26,6 +24,8 @@ from lwquant.export.format import (
     parse_quantization_config,
     quantization_config,
 )
+from lwquant.model.names import parameter_names
+from lwquant.model.names import parameter_names
 from lwquant.model.safetensors_header import TensorEntry, read_header
 from lwquant.nn.linear import QuantizedLinear
 from lwquant.nn.replace import features_of, find_linear, replace_linears
@@ -78,7 +78,10 @@ class LwquantQuantizer(HfQuantizer):
         replace_linears(model, schemes)
         _skip_initialization(model)
 
-        found = tensors_by_module_name(model, map(Path, checkpoint_files))
+        entries: dict[str, TensorEntry] = {}
+        for file in checkpoint_files:
+            entries |= read_header(Path(file)).tensors
+        found = {name: entries[key] for key, name in parameter_names(model, entries).items()}
         needed: dict[str, Layout] = {
             name: (None, tuple(tensor.shape)) for name, tensor in model.state_dict().items()
         }
@@ -103,24 +106,6 @@ class LwquantQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def tensors_by_module_name(model: PreTrainedModel, files: Iterable[Path]) -> dict[str, TensorEntry]:
-    """What some safetensors files hold, under the names that loading will give it.
-
-    transformers adds or strips the base model's prefix, and renames what some architectures call
-    otherwise in files: GPT-NeoX's lm_head is embed_out there, and save_pretrained renames it back.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict()
-    found: dict[str, TensorEntry] = {}
-    for file in files:
-        for key, entry in read_header(file).tensors.items():
-            name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-            found[key if key in state and name not in state else name] = entry
-    return found
 
 
 def check_tensors(needed: Mapping[str, Layout], found: Mapping[str, TensorEntry]) -> None:
@@ -159,6 +144,3 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(LwquantConfig)
     if AUTO_QUANTIZER_MAPPING.get(QUANT_METHOD) is not LwquantQuantizer:
         register_quantizer(QUANT_METHOD)(LwquantQuantizer)
-
-
-register()

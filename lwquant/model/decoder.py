@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lwquant.errors import CheckpointError, UnsupportedModelError
 from lwquant.model.checkpoint import WeightSource
+from lwquant.model.names import parameter_names
 from lwquant.model.structure import block_linears, find_blocks, in_out_features, trace_input_groups
 from lwquant.progress import Progress, silent
 from lwquant.types import LinearSpec
@@ -38,7 +39,7 @@ class _Stop(Exception):
 class Decoder:
     """Blocks, linears and the parts around them of one checkpoint, in float32."""
 
-    def __init__(self, source: WeightSource, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, source: WeightSource, model: PreTrainedModel, device: torch.device) -> None:
         self.source = source
         self.device = device
         self.model = model
@@ -73,13 +74,8 @@ class Decoder:
         return self.source.fingerprint()
 
     def key_of(self, parameter: str) -> str | None:
-        """The checkpoint's name of a model parameter: equal, or without or with the base prefix."""
-        names = self._names
-        prefix = f"{self.model.base_model_prefix}."
-        for key in (parameter, parameter.removeprefix(prefix), prefix + parameter):
-            if key in names:
-                return key
-        return None
+        """The checkpoint's name of a model parameter, None where it has none."""
+        return self._keys.get(parameter)
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -159,7 +155,8 @@ class Decoder:
 
     def _load_outer_parameters(self) -> None:
         inside = f"{self.blocks_path}."
-        self._names = frozenset(self.source.names())
+        names = parameter_names(self.model, self.source.names())
+        self._keys = {name: key for key, name in names.items()}
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if not name.startswith(inside) and self.key_of(name) is not None:
                 _set_parameter(self.model, name, self._read(name, parameter.shape))

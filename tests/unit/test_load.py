@@ -13,7 +13,8 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
 from lwquant.errors import CheckpointError, OutputError
@@ -355,6 +356,24 @@ def test_scales_stay_float16_where_an_architecture_keeps_modules_in_float32(llam
     assert torch.equal(logits(model), before)
 
 
+def test_buffers_that_are_not_stored_are_computed_beside_packed_linears(llama, monkeypatch):
+    make, fill = LlamaMLP.__init__, LlamaPreTrainedModel._init_weights
+
+    def make_with_table(self, config):
+        make(self, config)
+        self.register_buffer("table", torch.zeros(3), persistent=False)
+
+    def fill_table(self, module):
+        fill(self, module)
+        if isinstance(module, LlamaMLP):
+            module.table.fill_(7)
+
+    monkeypatch.setattr(LlamaMLP, "__init__", make_with_table)
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", fill_table)
+    model = from_pretrained(llama.output)
+    assert [b.tolist() for n, b in model.named_buffers() if n.endswith("table")] == [[7] * 3] * 2
+
+
 def test_only_tokenizer_and_generation_files_are_carried_along(folders_of, tmp_path):
     llama = folders_of("llama")
     source = edited_copy(Folders(llama.source, llama.source, {}, {}), tmp_path / "source")
@@ -367,7 +386,7 @@ def test_only_tokenizer_and_generation_files_are_carried_along(folders_of, tmp_p
     (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     output = quantize(source, tmp_path / "output").output
     names = {p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file()}
-    weights = {name for name in names if name.startswith("model")}
+    weights = {name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))}
     templates = {"additional_chat_templates/rag.jinja"}
     assert names - weights == {"config.json", *carried, *templates}
 
