@@ -230,7 +230,7 @@ def inspect(
     """Which linear got how many bits, and what the metric said about it."""
     found = inspect_folder(folder)
     if plot is not None:
-        from lwquant.evaluate.plot import plot_bits  # matplotlib takes a second to import
+        from lwquant.evaluation.plot import plot_bits  # matplotlib takes a second to import
 
         plot_bits(found.record, plot)
     if as_json:

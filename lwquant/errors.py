@@ -25,5 +25,9 @@ class PlanError(LwquantError):
     """A plan or report names unknown layers, unknown widths, or belongs to another model."""
 
 
+class RoundingError(LwquantError):
+    """A linear's weights or statistics cannot be rounded: overflow, or an indefinite Hessian."""
+
+
 class OutputError(LwquantError):
     """The output folder exists, cannot be written, or is not a complete result."""

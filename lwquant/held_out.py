@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from lwquant.evaluation.measure import Predictions, compare
 from lwquant.model.decoder import Decoder
-
-HEAD_TOKENS = 256  # positions whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,6 @@ class Quality:
     tokens: int
 
 
-@torch.no_grad()
 def compare_streams(
     decoder: Decoder, quantized: Tensor, floating: Tensor, tokens: Tensor
 ) -> Quality:
@@ -32,16 +28,17 @@ def compare_streams(
 
     The head and the final norm are not quantized, so one decoder serves both.
     """
-    nll = reference_nll = kl = agreed = 0.0
-    for row in range(len(tokens)):
-        for start in range(0, tokens.shape[1] - 1, HEAD_TOKENS):
-            stop = min(start + HEAD_TOKENS, tokens.shape[1] - 1)
-            p = decoder.head(floating[row : row + 1, start:stop])[0].log_softmax(-1)
-            q = decoder.head(quantized[row : row + 1, start:stop])[0].log_softmax(-1)
-            following = tokens[row, start + 1 : stop + 1, None].to(p.device)
-            nll -= q.gather(1, following).sum().item()
-            reference_nll -= p.gather(1, following).sum().item()
-            kl += (p.exp() * (p - q)).sum().item()
-            agreed += (p.argmax(-1) == q.argmax(-1)).sum().item()
-    n = len(tokens) * (tokens.shape[1] - 1)
-    return Quality(math.exp(nll / n), math.exp(reference_nll / n), kl / n, agreed / n, n)
+    measured = compare(
+        Predictions(quantized, decoder.head),
+        tokens,
+        reference=Predictions(floating, decoder.head),
+    )
+    assert measured.reference_perplexity is not None
+    assert measured.kl_divergence is not None and measured.top1_agreement is not None
+    return Quality(
+        measured.perplexity,
+        measured.reference_perplexity,
+        measured.kl_divergence,
+        measured.top1_agreement,
+        measured.tokens,
+    )

@@ -155,8 +155,8 @@ def rounding_of(quantizer: Method, correction: Method) -> Rounding:
 def _look_up(family: str, listed: Mapping[str, Any], method: Method) -> Callable[..., Any]:
     if callable(method):
         return method
-    settings = {"name": method} if isinstance(method, str) else dict(method)
-    name = settings.pop("name", None)
+    settings: dict[str, Any] = {"name": method} if isinstance(method, str) else dict(method)
+    name = str(settings.pop("name", None))
     if name not in listed:
         raise LwquantError(f"unknown {family} {name!r}; there are {', '.join(sorted(listed))}")
     return partial(listed[name], **settings) if settings else listed[name]

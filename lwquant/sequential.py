@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lwquant.capture.record import inputs_of
 from lwquant.capture.stats import StatsAccumulator
 from lwquant.corrections import Correction
+from lwquant.errors import RoundingError
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
@@ -107,11 +108,12 @@ def _quantize_one(
             target = correction(target, stats)
         quantized = quantizer(target, stats, schemes[spec.name])
     except ValueError as error:
-        raise ValueError(f"{spec.name}: {error}") from error
+        raise RoundingError(f"{spec.name}: {error}") from error
     rounded = quantized.dequantize()
     set_weight(module, rounded)
-    error = relative_output_error(target, rounded, stats.hessian)
-    return QuantizedLinearResult(spec, quantized, error)
+    return QuantizedLinearResult(
+        spec, quantized, relative_output_error(target, rounded, stats.hessian)
+    )
 
 
 def relative_output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
@@ -132,18 +134,17 @@ def record_stats(
     """Statistics of the input of linear `name`; with drift when the float block is given."""
     accumulator = StatsAccumulator()
     for rows in chunks(streams.n_calibration, streams.quantized.shape[1]):
-        inputs = inputs_of(
-            {0: block.get_submodule(name)},
-            lambda r=rows: decoder.run(index, block, streams.quantized[r]),
-        )[0]
+        inputs = _input(decoder, index, block, name, streams.quantized[rows])
         float_inputs = None
         if original is not None:
-            float_inputs = inputs_of(
-                {0: original.get_submodule(name)},
-                lambda r=rows: decoder.run(index, original, streams.floating[r]),
-            )[0]
+            float_inputs = _input(decoder, index, original, name, streams.floating[rows])
         accumulator.add(inputs, float_inputs)
     return accumulator.result()
+
+
+def _input(decoder: Decoder, index: int, block: nn.Module, name: str, hidden: Tensor) -> Tensor:
+    module = block.get_submodule(name)
+    return inputs_of({0: module}, lambda: decoder.run(index, block, hidden))[0]
 
 
 def advance(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) -> None:

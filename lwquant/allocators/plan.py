@@ -38,7 +38,8 @@ def make_plan(
     """
     problem = tie(pin(problem_of(report), pins or {}), ties)
     budget = int(bpw * problem.n_weights)
-    choice, notes = allocator(problem, budget), ()
+    choice = allocator(problem, budget)
+    notes: tuple[str, ...] = ()
     try:
         baseline = uniform(problem, budget)
     except BudgetError:

@@ -35,10 +35,10 @@ class Problem:
     def allowed(self) -> Array:
         return np.isfinite(self.costs)
 
-    def size_of(self, choice: Sequence[int]) -> int:
+    def size_of(self, choice: Sequence[int] | Array) -> int:
         return int(self.sizes[np.arange(len(choice)), list(choice)].sum())
 
-    def cost_of(self, choice: Sequence[int]) -> float:
+    def cost_of(self, choice: Sequence[int] | Array) -> float:
         return float(self.costs[np.arange(len(choice)), list(choice)].sum())
 
     def bounds(self) -> tuple[int, int]:

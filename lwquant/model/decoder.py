@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,9 +143,8 @@ class Decoder:
             signature = (type(block), *((n, in_out_features(m)) for n, m in linears.items()))
             if signature not in groups:
                 with self.loaded(index) as real, torch.no_grad():
-                    groups[signature] = trace_input_groups(
-                        real, lambda b=real, i=index: self.run(i, b, probe)
-                    )
+                    run = partial(self.run, index, real, probe)
+                    groups[signature] = trace_input_groups(real, run)
             for name, module in linears.items():
                 in_features, out_features = in_out_features(module)
                 full = f"{self.blocks_path}.{index}.{name}"
@@ -287,7 +287,7 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=False)
         original(module, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ KL; Martens, "New Insights and Perspectives on the Natural Gradient Method", arX
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def fisher(
             for sample in range(len(tokens)):
                 hidden = inputs[index][sample : sample + 1].clone().requires_grad_(True)
                 output = decoder.run(index, block, hidden)
-                weights = [module.weight for module in modules.values()]
+                weights: list[Any] = [module.weight for module in modules.values()]
                 grads = torch.autograd.grad(
                     output, [hidden, *weights], gradient[sample : sample + 1]
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def block_stats(
     modules = {g: block.get_submodule(decoder.local_name(spec)) for g, spec in first.items()}
     sums = {group: StatsAccumulator() for group in modules}
     for rows in chunks(*hidden.shape[:2]):
-        caught = inputs_of(modules, lambda r=rows: decoder.run(index, block, hidden[r]))
+        caught = inputs_of(modules, partial(decoder.run, index, block, hidden[rows]))
         for group, inputs in caught.items():
             sums[group].add(inputs)
     return {group: accumulator.result() for group, accumulator in sums.items()}

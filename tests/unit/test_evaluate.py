@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lwquant.errors import CalibrationError, CheckpointError
-from lwquant.evaluate.evaluate import Evaluation, evaluate
-from lwquant.evaluate.subject import PackedModel, open_subject
-from lwquant.evaluate.windows import evenly_spread_windows
+from lwquant.evaluation.evaluate import Evaluation, evaluate
+from lwquant.evaluation.subject import PackedModel, open_subject
+from lwquant.evaluation.windows import evenly_spread_windows
 from lwquant.export.save import ModelWriter
 from lwquant.model.checkpoint import Checkpoint
 from lwquant.model.decoder import Decoder

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lwquant.errors import CheckpointError
-from lwquant.evaluate.measure import CHUNK, Comparison, Predictions, compare
+from lwquant.evaluation.measure import CHUNK, Comparison, Predictions, compare
 
 N_WINDOWS, SEQ_LEN, HIDDEN, VOCAB = 3, 2 * CHUNK + 50, 16, 37
 

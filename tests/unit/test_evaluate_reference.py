@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lwquant.evaluate.reference import reference_predictions
+from lwquant.evaluation.reference import reference_predictions
 from lwquant.progress import silent
 
 TOKENS = torch.arange(24).view(2, 12)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lwquant.errors import CalibrationError
-from lwquant.evaluate.windows import evenly_spread_windows, strided_windows
+from lwquant.evaluation.windows import evenly_spread_windows, strided_windows
 
 
 def test_windows_start_at_a_rounded_down_linspace_from_the_first_to_the_last_token():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lwquant.errors import OutputError
-from lwquant.evaluate import plot
-from lwquant.evaluate.plot import plot_bits, plot_sweep
+from lwquant.evaluation import plot
+from lwquant.evaluation.plot import plot_bits, plot_sweep
 from lwquant.types import BitPlan, QuantScheme
 
 GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lwquant.capture.tokens import tokenize
 from lwquant.errors import CalibrationError, CheckpointError
-from lwquant.evaluate.measure import compare
-from lwquant.evaluate.reference import CACHE_FOLDER
-from lwquant.evaluate.subject import FloatModel, Subject, open_subject
-from lwquant.evaluate.windows import check_lengths, evenly_spread_windows, strided_windows
+from lwquant.evaluation.measure import compare
+from lwquant.evaluation.reference import CACHE_FOLDER
+from lwquant.evaluation.subject import FloatModel, Subject, open_subject
+from lwquant.evaluation.windows import check_lengths, evenly_spread_windows, strided_windows
 from lwquant.matmul import fast_float32
 from lwquant.model.checkpoint import resolve
 from lwquant.progress import Progress, silent

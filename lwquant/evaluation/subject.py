@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from lwquant.errors import CheckpointError, UnsupportedModelError
-from lwquant.evaluate.measure import Predictions
-from lwquant.evaluate.reference import reference_predictions
+from lwquant.evaluation.measure import Predictions
+from lwquant.evaluation.reference import reference_predictions
 from lwquant.export.format import QUANT_METHOD, parse_quantization_config
 from lwquant.model.checkpoint import resolve
 from lwquant.model.model_folder import CONFIG, read_json

@@ -11,9 +11,9 @@ from typing import Any
 from lwquant.allocators.plan import uniform_plan, write_plan
 from lwquant.capture.text import read_text_file
 from lwquant.capture.tokens import tokenize
-from lwquant.evaluate.plot import plot_sweep
-from lwquant.evaluate.windows import evenly_spread_windows
-from lwquant.export.folder import check_output, new_folder
+from lwquant.evaluation.plot import plot_sweep
+from lwquant.evaluation.windows import evenly_spread_windows
+from lwquant.export.folder import check_output, new_folder, write_manifest
 from lwquant.matmul import fast_float32
 from lwquant.prepare import OpenModel, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
@@ -101,6 +101,7 @@ def sweep(
             )
         write_rows(rows, folder / "sweep.csv")
         plot_sweep(rows, folder / "sweep.png", model=opened.name, text=str(text or "held-out"))
+        write_manifest(folder)
     return rows
 
 

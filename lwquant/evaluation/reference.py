@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lwquant.capture.tokens import token_hash
-from lwquant.evaluate.measure import Predictions
+from lwquant.evaluation.measure import Predictions
 from lwquant.progress import Progress, silent
 
 CACHE_FOLDER = Path("~/.cache/lwquant/reference")
