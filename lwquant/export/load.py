@@ -25,7 +25,6 @@ from lwquant.export.format import (
     quantization_config,
 )
 from lwquant.model.names import parameter_names
-from lwquant.model.names import parameter_names
 from lwquant.model.safetensors_header import TensorEntry, read_header
 from lwquant.nn.linear import QuantizedLinear
 from lwquant.nn.replace import features_of, find_linear, replace_linears
