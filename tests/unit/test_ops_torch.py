@@ -72,8 +72,9 @@ def test_gradients_are_those_of_the_dequantized_weight():
 
 
 def test_python_threads_and_kernel_threads_do_not_disturb_each_other(two_threads):
-    layers = [random_layer(1024, 512, bits, 64) for bits in (2, 4, 8)]
-    inputs = [torch.randn(2, 512) for _ in layers]
+    # Large enough that most of each call is spent in the kernel, at the same time as others.
+    layers = [random_layer(4096, 1024, bits, 64) for bits in (2, 4, 8)]
+    inputs = [torch.randn(2, 1024) for _ in layers]
     sizes = (2, 4, 8)
     torch.set_num_threads(1)
     expected = [
