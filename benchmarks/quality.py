@@ -4,9 +4,9 @@
     python benchmarks/quality.py --only 3   # rows whose name holds "3"
     python benchmarks/quality.py --table    # print the table and draw the block-order curve
 
-Protocol of the peers' table: 64 calibration windows of 512 tokens, half C4, half Wikipedia; 12 evenly
-spread windows of 512 of the WikiText-2 raw test; bits count scales and zeros. Each row is a process
-of its own, so its seconds and peak memory are its own too.
+Protocol of the peers' table: 64 calibration windows of 512 tokens, half C4, half Wikipedia; 12
+evenly spread windows of 512 of the WikiText-2 raw test; bits count scales and zeros. Each row is a
+process of its own, so its seconds and peak memory are its own too.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def jobs() -> list[str]:
 def run(name: str) -> Row:
     """Measure one row in this process."""
     import torch
-    from lwquant.evaluation.windows import evenly_spread_windows
 
     from lwquant.capture.tokens import tokenize
+    from lwquant.evaluation.windows import evenly_spread_windows
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
     from lwquant.recipe import load_recipe, rounding_of

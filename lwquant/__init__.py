@@ -9,13 +9,13 @@ from lwquant.export.load import register as _register
 
 _register()
 
+from lwquant.budget_sweep import sweep  # noqa: E402
 from lwquant.errors import LwquantError  # noqa: E402
 from lwquant.evaluation import evaluate  # noqa: E402
 from lwquant.export.hub import push_to_hub  # noqa: E402
 from lwquant.pipeline import Result, quantize  # noqa: E402
 from lwquant.recipe import Recipe, load_recipe  # noqa: E402
 from lwquant.stages import measure_model, plan  # noqa: E402
-from lwquant.budget_sweep import sweep  # noqa: E402
 from lwquant.types import BitPlan, QuantScheme  # noqa: E402
 
 __all__ = [

@@ -219,7 +219,9 @@ def _given_plan(plan: str | Path | BitPlan | None, opened: OpenModel) -> BitPlan
 def _one_budget(
     bpw: float | None, size: str | int | None, max_kl: float | None, plan: object
 ) -> dict[str, object]:
-    given: dict[str, object] = {k: v for k, v in {"bpw": bpw, "size": size, "max_kl": max_kl}.items() if v is not None}
+    given: dict[str, object] = {
+        k: v for k, v in {"bpw": bpw, "size": size, "max_kl": max_kl}.items() if v is not None
+    }
     if plan is not None and not given:
         return {"plan": str(plan) if isinstance(plan, str | Path) else "given"}
     if len(given) != 1 or plan is not None:

@@ -13,10 +13,10 @@ from rich.table import Table
 from lwquant.types import BitPlan, SensitivityReport
 
 if TYPE_CHECKING:  # these modules import what draws the tables
+    from lwquant.budget_sweep import SweepRow
     from lwquant.evaluation.evaluate import Evaluation
     from lwquant.inspection import Inspection
     from lwquant.pipeline import Result
-    from lwquant.budget_sweep import SweepRow
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -148,7 +148,7 @@ class CalibrationSet:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerStats:
     """What the data says about one linear's input; sums over tokens, never divided."""
 

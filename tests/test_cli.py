@@ -140,7 +140,8 @@ def test_input_errors_are_one_line_on_stderr_and_status_1(
     ):
         status, shown, error = run(monkeypatch, capsys, *arguments)
         assert status == 1 and shown == "", arguments
-        assert message in error and error.startswith("lwquant: ") and "Traceback" not in error
+        last = error.splitlines()[-1]
+        assert last.startswith("lwquant: ") and message in last and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -168,7 +168,7 @@ def test_gptq_beats_rounding_and_the_mixed_plan_beats_uniform(tiny_folder, calib
         return result.held_out.kl_divergence, result.bpw
 
     rtn, _ = kl("rtn", plan=uniform, quantizer="rtn", correction="none")
-    gptq, bpw = kl("gptq", plan=uniform, correction="none")
+    gptq, _ = kl("gptq", plan=uniform, correction="none")
     even, _ = kl("even", bpw=3.6, allocator="uniform")
     mixed, mixed_bpw = kl("mixed", bpw=3.6)
     assert gptq < 0.9 * rtn

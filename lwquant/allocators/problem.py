@@ -1,4 +1,4 @@
-"""The allocation problem: what each choice costs, how large it is, and which choices go together."""
+"""The allocation problem: what each choice costs, how large it is, what goes together."""
 
 from __future__ import annotations
 

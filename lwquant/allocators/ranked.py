@@ -51,7 +51,7 @@ def ranked(
     if problem.size_of(choice) > budget:
         raise BudgetError(
             f"budget of {budget / problem.n_weights:.4f} bits per weight is below the floor of "
-            f"{problem.size_of(choice) / problem.n_weights:.4f} with every block at {min(bits)} bits"
+            f"{problem.size_of(choice) / problem.n_weights:.4f}, every block at {min(bits)} bits"
         )
     for column in reversed(columns[:-1]):
         for block in order:

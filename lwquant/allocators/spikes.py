@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from lwquant.allocators.problem import Problem
@@ -26,7 +28,7 @@ def spikes(problem: Problem, budget: int, *, share: float = 0.03, bits: int = 6)
     order = np.argsort(-np.where(free, problem.costs[rows, choice], -np.inf), kind="stable")
     protected = [row for row in order[: max(1, round(share * len(choice)))] if allowed[row, top]]
     choice[protected] = np.maximum(choice[protected], top)
-    narrower = {wide: narrow for narrow, wide in zip(by_width, by_width[1:], strict=False)}
+    narrower = {wide: narrow for narrow, wide in pairwise(by_width)}
     payers = [
         (problem.costs[row, narrower[choice[row]]] - problem.costs[row, choice[row]], row)
         for row in rows

@@ -69,7 +69,8 @@ class Decoder:
 
     @property
     def vocab_size(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[0]
+        embedding: Any = self.model.get_input_embeddings()
+        return int(embedding.weight.shape[0])
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
@@ -102,17 +103,17 @@ class Decoder:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Input of the first block, (n_samples, seq_len, hidden), for tokens (n_samples, seq_len)."""
+        """Input of the first block, (n_samples, seq_len, hidden), for tokens (n_samples, seq)."""
         return self._first_call(tokens)[0]
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Output of a loaded block, or of a changed copy of it, for (n_samples, seq_len, hidden)."""
+        """Output of a loaded block, or a changed copy of it, for (n_samples, seq_len, hidden)."""
         call = self._calls_for(hidden.shape[0], hidden.shape[1])[index]
         output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (n_samples, seq_len, vocab) for the last block's output: final norm, head, caps."""
+        """Logits (n_samples, seq_len, vocab) of the last block's output: final norm, head, caps."""
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         with self._blocks_replaced(lambda index: lambda *args, **kwargs: self._wrap(hidden)):
             return self.model(input_ids=tokens, use_cache=False).logits
@@ -164,7 +165,7 @@ class Decoder:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter.is_meta and not name.startswith(inside):
                 raise CheckpointError(f"{self.source.path}: tensor {name!r} is missing")
-        for name, parameter in self.model.named_parameters():
+        for name, _ in self.model.named_parameters():
             if name.startswith(inside) and self.key_of(name) is None:
                 raise CheckpointError(f"{self.source.path}: tensor {name!r} is missing")
         for name, buffer in list(self.model.named_buffers()):

@@ -8,13 +8,15 @@ arXiv:2504.02692.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from lwquant.quantizers.grid import fit_grid
 from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
 
-LAZY_COLUMNS = 128  # columns whose updates are held back and applied as one matrix product
+LAZY_COLUMNS = 64  # columns whose updates are held back and applied as one matrix product
 MAX_DAMPING = 10.0
 
 
@@ -46,9 +48,7 @@ def gptq(
     hessian = stats.hessian.to(weight.device, torch.float32)
     diagonal = hessian.diagonal()
     grid = fit_grid(weight, scheme, diagonal if diagonal.any() else None, search=search)
-    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal))
-    order = order.to(weight.device)
-    upper, used = inverse_cholesky(hessian[order][:, order], damping)
+    order, upper, used = _factor(stats, weight.device, damping, act_order)
     pull = _asymmetric_pull(stats, order, upper, asymmetry) if asymmetry else None
 
     work = weight.float()[:, order].clone()  # columns right of the current one carry the error
@@ -67,14 +67,30 @@ def gptq(
             error = (current - (steps - zeros[:, col]) * scales[:, col]) / upper[col, col]
             errors[local], targets[local] = error, current
             if pull is not None:
-                block[local + 1 :] += torch.outer(pull[col, col + 1 : stop], current)
-            block[local + 1 :] -= torch.outer(upper[col, col + 1 : stop], error)
+                block[local + 1 :].addr_(pull[col, col + 1 : stop], current)
+            block[local + 1 :].addr_(upper[col, col + 1 : stop], error, alpha=-1)
         work[:, stop:] -= errors.T @ upper[start:stop, stop:]
         if pull is not None:
             work[:, stop:] += targets.T @ pull[start:stop, stop:]
     codes = codes[:, torch.argsort(order)].byte()
     notes = () if used == damping else (f"damping raised from {damping} to {used:g}",)
     return QuantizedWeight(scheme, codes, grid.scales.half(), grid.zeros.byte(), notes)
+
+
+@lru_cache(maxsize=1)
+def _factor(
+    stats: LayerStats, device: torch.device, damping: float, act_order: bool
+) -> tuple[Tensor, Tensor, float]:
+    """Column order, factor of the inverse in that order, and the damping used.
+
+    Linears that share their input come one after another, and so do the schemes of one linear, so
+    remembering the last factor saves most of them.
+    """
+    hessian = stats.hessian.to(device, torch.float32)
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal))
+    order = order.to(device)
+    return order, *inverse_cholesky(hessian[order][:, order], damping)
 
 
 def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -54,7 +54,7 @@ def fit_grid(
     n_groups, size = scheme.n_groups(in_features), min(scheme.group_size, in_features)
     padding = n_groups * size - in_features
     grouped = torch.nn.functional.pad(weight.float(), (0, padding))
-    grouped = grouped.view(out_features * n_groups, size)
+    grouped = grouped.reshape(out_features * n_groups, size)
     if importance is None:
         importance = torch.ones(in_features, device=weight.device)
     per_group = torch.nn.functional.pad(importance.float(), (0, padding)).view(n_groups, size)
@@ -132,7 +132,7 @@ def _error(
 def _refit_scale(
     rows: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme
 ) -> Tensor:
-    """Least-squares scale for the codes that `scale` gives; the old one where it is not positive."""
+    """Least-squares scale for the codes that `scale` gives; the old one if not positive."""
     steps = _codes(rows, scale, zero, scheme).sub_(zero[:, None])
     fit = (importance * steps * rows).sum(1) / (importance * steps.square()).sum(1).clamp(min=1e-30)
     return storable_scale(torch.where(fit > 0, fit, scale))

@@ -75,7 +75,7 @@ def fisher(
 
 
 def head_gradient(decoder: Decoder, last: Tensor, seed: int) -> Tensor:
-    """Gradient of Σ log p(y) in the last block's output, y drawn from the model at each position."""
+    """Gradient of Σ log p(y) in the last block's output, with y drawn from the model."""
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.empty_like(last)
     for sample in range(len(last)):

@@ -1,5 +1,7 @@
 """The laws of every allocator, and brute force as the oracle of the exact one."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -65,7 +67,7 @@ def test_more_budget_never_costs_more(allocate):
         costs = [
             problem.cost_of(allocate(problem, int(b * problem.n_weights))) for b in (3, 4, 5, 8.5)
         ]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(costs, costs[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(costs))
 
 
 @every_allocator
