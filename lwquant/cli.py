@@ -17,6 +17,8 @@ import lwquant
 from lwquant import tables
 from lwquant.allocators.plan import write_plan
 from lwquant.errors import LwquantError, OutputError
+from lwquant.evaluation.evaluate import save_evaluation
+from lwquant.export.folder import verify
 from lwquant.inspection import inspect_folder
 from lwquant.progress import StderrProgress
 from lwquant.sensitivity.report import write_report
@@ -160,9 +162,12 @@ def evaluate(
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     windows: Annotated[int, typer.Option(help="Evenly spread windows.")] = 16,
     device: Device = "cpu",
+    save: Annotated[bool, typer.Option(help="Keep the numbers in MODEL, for its card.")] = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity of MODEL, and its KL and top-1 agreement with the original."""
+    if save:
+        verify(Path(model))  # before the work: a changed folder must not be sealed anew
     measured = lwquant.evaluate(
         model,
         text=text,
@@ -172,6 +177,8 @@ def evaluate(
         device=device,
         progress=StderrProgress(),
     )
+    if save:
+        save_evaluation(Path(model), measured)
     if as_json:
         print(measured.to_json())
     else:

@@ -18,7 +18,14 @@ from lwquant.allocators.plan import read_plan, write_plan
 from lwquant.errors import BudgetError, PlanError
 from lwquant.export.folder import check_output, new_folder, write_manifest
 from lwquant.export.hub import push_to_hub
-from lwquant.export.record import CalibrationRecord, LinearRecord, RunRecord
+from lwquant.export.record import (
+    EVALUATION_FILE,
+    RUN_FILE,
+    CalibrationRecord,
+    EvaluationRecord,
+    LinearRecord,
+    RunRecord,
+)
 from lwquant.export.save import ModelWriter
 from lwquant.held_out import Quality, compare_streams
 from lwquant.matmul import fast_float32
@@ -182,7 +189,7 @@ def _quantize_and_save(
             allocator=plan.allocator,
             quantizer=describe(rounding.quantizer),
             correction=describe(rounding.correction),
-            budget={**budget, "held_out": asdict(quality)},
+            budget=budget,
             bpw=plan.bpw,
             original_bpw=opened.linear_bytes * 8 / opened.n_weights,
             size_bytes=size_bytes,
@@ -195,7 +202,16 @@ def _quantize_and_save(
             },
             notes=tuple(notes),
         )
-        (folder / "lwquant.json").write_text(record.to_json(), encoding="utf-8")
+        (folder / RUN_FILE).write_text(record.to_json(), encoding="utf-8")
+        evaluation = EvaluationRecord(
+            text=f"held-out windows of the calibration text ({windows.source})",
+            bpw=plan.bpw,
+            size_bytes=size_bytes,
+            seq_len=held_out.shape[1],
+            windows=held_out.shape[0],
+            **asdict(quality),
+        )
+        (folder / EVALUATION_FILE).write_text(evaluation.to_json(), encoding="utf-8")
         write_manifest(folder)
     return Result(output, plan, report, quality, size_bytes)
 

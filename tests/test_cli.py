@@ -81,6 +81,7 @@ def test_the_stages_hand_their_files_on(
         64,
         "--windows",
         4,
+        "--save",
         "--json",
     )
     assert status == 0
@@ -95,6 +96,9 @@ def test_the_stages_hand_their_files_on(
         "size_bytes",
     } <= measured.keys()
     assert measured["tokens"] == 4 * 63 and measured["bpw"] == made["bpw"]
+    kept = json.loads((out / "evaluation.json").read_text())
+    assert kept["perplexity"] == measured["perplexity"] and kept["text"] == "test.txt"
+    assert run(monkeypatch, capsys, "inspect", out)[0] == 0  # still complete
 
 
 def test_sweep_writes_a_table_a_csv_and_a_picture(

@@ -124,8 +124,8 @@ def test_the_kl_seen_while_quantizing_is_the_kl_of_the_saved_model(
 def test_every_architecture_goes_through_the_whole_pipeline(kind, tmp_path, calibration):
     folder = random_model(kind, tmp_path / "model")
     recipe = replace(SMALL, n_samples=3, seq_len=24, held_out=2, sensitivity_samples=2)
-    result = quantized(folder, tmp_path / "out", calibration, bpw=4.7, recipe=recipe)
-    assert result.bpw <= 4.7
+    result = quantized(folder, tmp_path / "out", calibration, bpw=6.5, recipe=recipe)
+    assert result.bpw <= 6.5
     widths = {scheme.bits for scheme in result.plan.schemes.values()}
     assert len(widths) > 1
     tokens = torch.randint(512, (2, 24))
@@ -133,7 +133,7 @@ def test_every_architecture_goes_through_the_whole_pipeline(kind, tmp_path, cali
         got = AutoModelForCausalLM.from_pretrained(result.folder)(tokens).logits
         wanted = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
     error = (got - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
-    assert error < 0.3
+    assert error < 0.1
 
 
 @pytest.mark.parametrize("correction", ["none", "qep", "gptaq"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from lwquant.evaluation.measure import compare
 from lwquant.evaluation.reference import CACHE_FOLDER
 from lwquant.evaluation.subject import FloatModel, Subject, open_subject
 from lwquant.evaluation.windows import check_lengths, evenly_spread_windows, strided_windows
+from lwquant.export.folder import write_manifest
+from lwquant.export.record import EVALUATION_FILE, EvaluationRecord
 from lwquant.matmul import fast_float32
 from lwquant.model.checkpoint import resolve
 from lwquant.progress import Progress, silent
@@ -158,3 +160,15 @@ def _check_same_tokens(
     )
     if not same:
         raise CheckpointError(f"{names}: their tokenizers give different tokens for the same text")
+
+
+def save_evaluation(folder: Path, measured: Evaluation) -> None:
+    """Keep an evaluation in a result folder, where the model card finds it; verify() it first.
+
+    Raises OutputError where a number is not finite.
+    """
+    known = {field.name for field in fields(EvaluationRecord)}
+    values = {key: value for key, value in asdict(measured).items() if key in known}
+    record = EvaluationRecord(**{**values, "text": Path(measured.text).name})
+    (folder / EVALUATION_FILE).write_text(record.to_json(), encoding="utf-8")
+    write_manifest(folder)
