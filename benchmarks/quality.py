@@ -55,14 +55,19 @@ class Row:
 
 def jobs() -> list[str]:
     """Names say everything: section / setting / ..."""
-    rounding = [f"rounding/{b}/{m}" for b in (2, 3, 4) for m in ("rtn", "gptq", "gptq+qep")]
-    order = ["exact", "spikes", "ranked-lim", "ranked-zd", "ranked-lim-reversed"]
-    order += [f"ranked-random-{seed}" for seed in RANDOM_SEEDS]
-    allocation = [f"allocation/{b}/{m}" for b in (3, 4) for m in ["uniform", *order]]
-    preset = ["preset/3.3", "preset/3.5"]
-    orders = ["lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS)]
-    blocks = [f"blocks/{order}/{share}" for order in orders for share in SHARES]
-    return [*rounding, *preset, *allocation, *blocks]
+    rounding = [f"rounding/{b}/{m}" for b in (3, 4, 2) for m in ("rtn", "gptq", "gptq+qep")]
+    orders = ["ranked-lim", "ranked-zd", "ranked-lim-reversed"]
+    orders += [f"ranked-random-{seed}" for seed in RANDOM_SEEDS]
+    # Every allocation with plain rounding, where a row takes seconds; the serious ones again with
+    # the default rounding (its uniform rows are rounding/3 and rounding/4 with gptq+qep).
+    plain = [
+        f"allocation-rtn/{b}/{m}" for b in (3, 4) for m in ("uniform", "exact", "spikes", *orders)
+    ]
+    default = [f"allocation/{b}/{m}" for b in (3, 4) for m in ("exact", "spikes")]
+    default += [f"allocation/{b}/{m}" for b in (3, 4) for m in orders]
+    lowered = ["lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS)]
+    blocks = [f"blocks/{order}/{share}" for order in lowered for share in SHARES]
+    return [*default[:4], *rounding, "preset/3.5", *plain, *blocks, *default[4:]]
 
 
 def run(name: str) -> Row:
@@ -94,8 +99,9 @@ def run(name: str) -> Row:
             "gptq": ("gptq", "none"),
             "gptq+qep": ("gptq", "qep"),
         }.get(rest[-1] if section == "rounding" else "", (recipe.quantizer, recipe.correction))
-        if section == "blocks":
+        if section in ("blocks", "allocation-rtn"):
             method = ("rtn", "none")
+            recipe = recipe.changed(quantizer="rtn")
         plan, measuring = plan_for(section, rest, opened, windows, recipe)
         start = time.monotonic()
         tokens = windows.tokens if method[0] != "rtn" else windows.tokens[:1]
@@ -176,7 +182,7 @@ def report_of(metric, opened, windows, recipe):
     from lwquant.sensitivity.report import read_report, write_report
     from lwquant.stages import measure
 
-    path = WORK / f"report-{metric}-{commit()}.json"
+    path = WORK / f"report-{metric}-{recipe.quantizer}-{commit()}.json"
     took = path.with_suffix(".seconds")
     if not path.exists():
         start = time.monotonic()
