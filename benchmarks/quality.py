@@ -54,31 +54,19 @@ class Row:
 
 
 def jobs() -> list[str]:
-    """Names say everything: section / setting / ..."""
+    """Names say everything: section / setting / ..., the most telling rows first."""
     rounding = [f"rounding/{b}/{m}" for b in (3, 4, 2) for m in ("rtn", "gptq", "gptq+qep")]
     orders = ["ranked-lim", "ranked-zd", "ranked-lim-reversed"]
     orders += [f"ranked-random-{seed}" for seed in RANDOM_SEEDS]
-    # Every allocation with plain rounding, where a row takes seconds; the serious ones again with
-    # the default rounding (its uniform rows are rounding/3 and rounding/4 with gptq+qep).
-    plain = [
-        f"allocation-rtn/{b}/{m}" for b in (3, 4) for m in ("uniform", "exact", "spikes", *orders)
-    ]
-    default = [f"allocation/{b}/{m}" for b in (3, 4) for m in ("exact", "spikes")]
-    default += [f"allocation/{b}/{m}" for b in (3, 4) for m in orders]
+    # The uniform rows of the other roundings are those of the first section.
+    allocation = [f"allocation-gptq/{b}/exact" for b in (3, 4)]
+    allocation += [f"allocation/{b}/{m}" for b in (3, 4) for m in ("exact", "spikes")]
+    plain = ["uniform", "exact", "spikes", *orders]  # plain rounding: a row takes seconds
+    allocation += [f"allocation-rtn/{b}/{m}" for b in (3, 4) for m in plain]
     lowered = ["lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS)]
     blocks = [f"blocks/{order}/{share}" for order in lowered for share in SHARES]
-    first = [
-        "allocation/3/exact",
-        "rounding/3/gptq+qep",
-        "rounding/4/gptq+qep",
-        "allocation/4/exact",
-        "rounding/3/gptq",
-        "rounding/4/gptq",
-        "rounding/3/rtn",
-        "rounding/4/rtn",
-        *plain,
-    ]
-    return [*first, *rounding, *default[:4], "preset/3.5", *plain, *blocks, *default[4:]]
+    slow = [f"allocation/{b}/{m}" for b in (3, 4) for m in orders]
+    return [*rounding, *allocation, "preset/3.5", *blocks, *slow]
 
 
 def run(name: str) -> Row:
@@ -113,6 +101,8 @@ def run(name: str) -> Row:
         if section in ("blocks", "allocation-rtn"):
             method = ("rtn", "none")
             recipe = recipe.changed(quantizer="rtn")
+        if section == "allocation-gptq":
+            method = ("gptq", "none")
         plan, measuring = plan_for(section, rest, opened, windows, recipe)
         start = time.monotonic()
         tokens = windows.tokens if method[0] != "rtn" else windows.tokens[:1]
