@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from smollm2 import fetch
 
 WORK = Path(__file__).parent.parent / "demo"
-SETTINGS = {"n_samples": 32, "sensitivity_samples": 16, "held_out": 4}
+SETTINGS = {"n_samples": 24, "sensitivity_samples": 16, "held_out": 4}
 PROMPT = "Explain in one sentence why the sky is blue."
 
 
