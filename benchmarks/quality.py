@@ -67,7 +67,9 @@ def jobs() -> list[str]:
     default += [f"allocation/{b}/{m}" for b in (3, 4) for m in orders]
     lowered = ["lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS)]
     blocks = [f"blocks/{order}/{share}" for order in lowered for share in SHARES]
-    return [*default[:4], *rounding, "preset/3.5", *plain, *blocks, *default[4:]]
+    first = ['allocation/3/exact', 'rounding/3/gptq+qep', 'rounding/4/gptq+qep', 'allocation/4/exact',
+             'rounding/3/gptq', 'rounding/4/gptq', 'rounding/3/rtn', 'rounding/4/rtn', *plain]
+    return [*first, *rounding, *default[:4], "preset/3.5", *plain, *blocks, *default[4:]]
 
 
 def run(name: str) -> Row:
