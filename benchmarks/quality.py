@@ -67,8 +67,9 @@ def jobs() -> list[str]:
     default += [f"allocation/{b}/{m}" for b in (3, 4) for m in orders]
     lowered = ["lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS)]
     blocks = [f"blocks/{order}/{share}" for order in lowered for share in SHARES]
-    first = ['allocation/3/exact', 'rounding/3/gptq+qep', 'rounding/4/gptq+qep', 'allocation/4/exact',
-             'rounding/3/gptq', 'rounding/4/gptq', 'rounding/3/rtn', 'rounding/4/rtn', *plain]
+    gptq = [f'allocation-gptq/{b}/exact' for b in (3, 4)]
+    first = ['rounding/3/gptq+qep', 'rounding/3/gptq', gptq[0], 'rounding/4/gptq', gptq[1],
+             'rounding/4/gptq+qep', 'allocation/4/exact', 'rounding/3/rtn', 'rounding/4/rtn', *plain]
     return [*first, *rounding, *default[:4], "preset/3.5", *plain, *blocks, *default[4:]]
 
 
@@ -104,6 +105,8 @@ def run(name: str) -> Row:
         if section in ("blocks", "allocation-rtn"):
             method = ("rtn", "none")
             recipe = recipe.changed(quantizer="rtn")
+        if section == "allocation-gptq":
+            method = ("gptq", "none")
         plan, measuring = plan_for(section, rest, opened, windows, recipe)
         start = time.monotonic()
         tokens = windows.tokens if method[0] != "rtn" else windows.tokens[:1]
