@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lwquant.capture.record import inputs_of
+from lwquant.capture.record import catching_inputs, inputs_of
 from lwquant.capture.stats import StatsAccumulator
 from lwquant.corrections import Correction
 from lwquant.errors import RoundingError
@@ -69,29 +69,36 @@ def quantize_blocks(
     needs_drift = correction is not None if needs_drift is None else needs_drift
     for index in range(decoder.n_blocks):
         specs = decoder.block_linears(index)
+        groups: dict[int, list[LinearSpec]] = {}
+        for spec in sorted(specs, key=lambda spec: spec.input_group):
+            groups.setdefault(spec.input_group, []).append(spec)
         with decoder.loaded(index) as block:
-            original = deepcopy(block)
-            for group in sorted({spec.input_group for spec in specs}):
-                members = [spec for spec in specs if spec.input_group == group]
-                rounded = [spec for spec in members if not schemes[spec.name].is_float]
+            # The float stream goes first, through weights that are still the original ones.
+            float_inputs: dict[int, Tensor] = {}
+            if needs_drift:
+                first = {g: _module(decoder, block, members[0]) for g, members in groups.items()}
+                float_inputs = advance_and_catch(decoder, index, block, streams, first)
+            else:  # only the held-out samples are ever compared with the float model
+                advance(decoder, index, block, streams.floating[streams.n_calibration :])
+            for group, members in groups.items():
+                own_float_inputs = float_inputs.pop(group, None)
                 stats = None
-                if rounded:
-                    name = decoder.local_name(rounded[0])
-                    stats = record_stats(
-                        decoder, index, block, original if needs_drift else None, name, streams
-                    )
+                if any(not schemes[spec.name].is_float for spec in members):
+                    module = _module(decoder, block, members[0])
+                    stats = record_stats(decoder, index, block, module, streams, own_float_inputs)
                 for spec in members:
-                    module = block.get_submodule(decoder.local_name(spec))
+                    module = _module(decoder, block, spec)
                     if stats is None or schemes[spec.name].is_float:
                         yield QuantizedLinearResult(spec, get_weight(module), 0.0)
                         continue
                     progress("quantize", spec.name, index, decoder.n_blocks)
                     yield _quantize_one(spec, module, stats, schemes, quantizer, correction)
             advance(decoder, index, block, streams.quantized)
-            # Without drift, only the held-out samples are ever compared with the float model.
-            first = 0 if needs_drift else streams.n_calibration
-            advance(decoder, index, original, streams.floating[first:])
     progress("quantize", "done", decoder.n_blocks, decoder.n_blocks)
+
+
+def _module(decoder: Decoder, block: nn.Module, spec: LinearSpec) -> nn.Module:
+    return block.get_submodule(decoder.local_name(spec))
 
 
 def _quantize_one(
@@ -127,24 +134,46 @@ def record_stats(
     decoder: Decoder,
     index: int,
     block: nn.Module,
-    original: nn.Module | None,
-    name: str,
+    module: nn.Module,
     streams: Streams,
+    float_inputs: Tensor | None,
 ) -> LayerStats:
-    """Statistics of the input of linear `name`; with drift when the float block is given."""
+    """Statistics of the input of `module`, a linear of the block as it is now.
+
+    Args:
+        float_inputs: the same tokens' inputs in the float model, (n_calibration, seq_len,
+            in_features), where the drift between the two is wanted.
+    """
     accumulator = StatsAccumulator()
     for rows in chunks(streams.n_calibration, streams.quantized.shape[1]):
-        inputs = _input(decoder, index, block, name, streams.quantized[rows])
-        float_inputs = None
-        if original is not None:
-            float_inputs = _input(decoder, index, original, name, streams.floating[rows])
-        accumulator.add(inputs, float_inputs)
+        run = partial(decoder.run, index, block, streams.quantized[rows])
+        inputs = inputs_of({0: module}, run)[0]
+        accumulator.add(inputs, None if float_inputs is None else float_inputs[rows])
     return accumulator.result()
 
 
-def _input(decoder: Decoder, index: int, block: nn.Module, name: str, hidden: Tensor) -> Tensor:
-    module = block.get_submodule(name)
-    return inputs_of({0: module}, lambda: decoder.run(index, block, hidden))[0]
+def advance_and_catch(
+    decoder: Decoder,
+    index: int,
+    block: nn.Module,
+    streams: Streams,
+    modules: Mapping[int, nn.Module],
+) -> dict[int, Tensor]:
+    """Advance the float stream, keeping what the modules read in the calibration samples.
+
+    By the key of the module: (n_calibration, seq_len, in_features). One pass through the float
+    block then serves all its linears, for the memory of their inputs.
+    """
+    n, seq_len = streams.n_calibration, streams.floating.shape[1]
+    kept: dict[int, list[Tensor]] = {key: [] for key in modules}
+    for rows in chunks(n, seq_len):
+        with catching_inputs(modules) as caught:
+            output = decoder.run(index, block, streams.floating[rows])
+        for key, inputs in caught.items():
+            kept[key].append(inputs)
+        streams.floating[rows] = output
+    advance(decoder, index, block, streams.floating[n:])
+    return {key: torch.cat(parts) for key, parts in kept.items()}
 
 
 def advance(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) -> None:

@@ -48,18 +48,16 @@ def measured_kl(
             scheme's cost is then the measured KL times its own relative squared error over this.
         positions: the KL is taken at every `positions`-th token.
     """
-    visits = [visit.inputs for visit in walk_blocks(decoder, tokens)]
-    with torch.no_grad():
-        reference = _advance(decoder, range(decoder.n_blocks - 1, decoder.n_blocks), [visits[-1]])[
-            0
-        ]
-    reference = reference[:, ::positions].clone()
+    inputs = []
+    for visit in walk_blocks(decoder, tokens):
+        inputs.append(visit.inputs)
+    reference = visit.outputs[:, ::positions].clone()
     generator = torch.Generator().manual_seed(seed)
     rows: list[Tensor] = []
     for index in range(decoder.n_blocks):
         progress("sensitivity", f"block {index}", index, decoder.n_blocks)
         changed, scales = _changed_outputs(
-            decoder, index, visits[index], schemes, quantizer, perturbation, noise, generator
+            decoder, index, inputs[index], schemes, quantizer, perturbation, noise, generator
         )
         finals = _advance(decoder, range(index + 1, decoder.n_blocks), changed)
         kls = torch.tensor([_kl(decoder, reference, h[:, ::positions]) for h in finals])
