@@ -161,6 +161,9 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(help="The original model.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     windows: Annotated[int, typer.Option(help="Evenly spread windows.")] = 16,
+    stride: Annotated[
+        int | None, typer.Option(help="Predict the whole text, by windows this far apart.")
+    ] = None,
     device: Device = "cpu",
     save: Annotated[bool, typer.Option(help="Keep the numbers in MODEL, for its card.")] = False,
     as_json: Json = False,
@@ -174,6 +177,7 @@ def evaluate(
         reference=reference,
         seq_len=seq_len,
         windows=windows,
+        stride=stride,
         device=device,
         progress=StderrProgress(),
     )

@@ -30,7 +30,7 @@ def recipe(tmp_path_factory, heldout_text):
 
 
 def test_the_stages_hand_their_files_on(
-    monkeypatch, capsys, tiny_folder, recipe, heldout_text, tmp_path
+    monkeypatch, capsys, tiny_folder, tiny_tokenizer, recipe, heldout_text, tmp_path
 ):
     report, plan, out = (tmp_path / name for name in ("report.json", "plan.json", "out"))
     text = tmp_path / "test.txt"
@@ -99,6 +99,11 @@ def test_the_stages_hand_their_files_on(
     kept = json.loads((out / "evaluation.json").read_text())
     assert kept["perplexity"] == measured["perplexity"] and kept["text"] == "test.txt"
     assert run(monkeypatch, capsys, "inspect", out)[0] == 0  # still complete
+
+    spread = ("--seq-len", 64, "--stride", 32, "--json")
+    status, shown, _ = run(monkeypatch, capsys, "evaluate", out, "--text", text, *spread)
+    tokens = tiny_tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    assert status == 0 and json.loads(shown)["tokens"] == len(tokens) - 1
 
 
 def test_sweep_writes_a_table_a_csv_and_a_picture(
