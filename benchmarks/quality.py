@@ -75,10 +75,10 @@ def run(name: str) -> Row:
 
     from lwquant.capture.tokens import tokenize
     from lwquant.evaluation.windows import evenly_spread_windows
+    from lwquant.held_out import measure_plan
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
     from lwquant.recipe import load_recipe, rounding_of
-    from lwquant.search import measure_plan
 
     sys.path.insert(0, str(HERE))
     from smollm2 import fetch

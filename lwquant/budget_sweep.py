@@ -14,11 +14,11 @@ from lwquant.capture.tokens import tokenize
 from lwquant.evaluation.plot import plot_sweep
 from lwquant.evaluation.windows import evenly_spread_windows
 from lwquant.export.folder import check_output, new_folder, write_manifest
+from lwquant.held_out import measure_plan
 from lwquant.matmul import fast_float32
 from lwquant.prepare import OpenModel, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import Recipe, rounding_of
-from lwquant.search import measure_plan
 from lwquant.sensitivity.report import write_report
 from lwquant.stages import check_budget, measure, merged, plan_report
 from lwquant.types import BitPlan

@@ -1,13 +1,19 @@
-"""Quality of a quantized stream against the float one, on windows that no statistic has seen."""
+"""Quality of a plan against the float model, on windows that no statistic has seen."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lwquant.evaluation.measure import Predictions, compare
 from lwquant.model.decoder import Decoder
+from lwquant.progress import Progress, silent
+from lwquant.recipe import Rounding
+from lwquant.sequential import QuantizedLinearResult, Streams, quantize_blocks
+from lwquant.types import BitPlan
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,41 @@ class Quality:
     kl_divergence: float
     top1_agreement: float
     tokens: int
+
+
+def _drop(done: QuantizedLinearResult) -> None:
+    pass
+
+
+def measure_plan(
+    decoder: Decoder,
+    plan: BitPlan,
+    rounding: Rounding,
+    tokens: Tensor,
+    held_out: Tensor,
+    progress: Progress = silent,
+    keep: Callable[[QuantizedLinearResult], None] = _drop,
+) -> Quality:
+    """Quantize with a plan, and compare with the float model on the held-out windows.
+
+    Args:
+        tokens: calibration windows (n_samples, seq_len).
+        held_out: windows (n, seq_len) of the same length.
+        keep: called with each linear as it is done, e.g. to write it.
+    """
+    n = tokens.shape[0]
+    streams = Streams.start(decoder, torch.cat([tokens, held_out]), n)
+    for done in quantize_blocks(
+        decoder,
+        streams,
+        plan.schemes,
+        rounding.quantizer,
+        rounding.correction,
+        needs_drift=rounding.needs_drift,
+        progress=progress,
+    ):
+        keep(done)
+    return compare_streams(decoder, streams.quantized[n:], streams.floating[n:], held_out)
 
 
 def compare_streams(

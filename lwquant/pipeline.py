@@ -27,7 +27,7 @@ from lwquant.export.record import (
     RunRecord,
 )
 from lwquant.export.save import ModelWriter
-from lwquant.held_out import Quality, compare_streams
+from lwquant.held_out import Quality, measure_plan
 from lwquant.matmul import fast_float32
 from lwquant.methods import describe
 from lwquant.prepare import OpenModel, bpw_of_size, open_model, prepare_tokens
@@ -35,7 +35,7 @@ from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import Recipe, Rounding, allocator_of, metric_of, rounding_of
 from lwquant.search import smallest_plan
 from lwquant.sensitivity.report import read_report, write_report
-from lwquant.sequential import Streams, quantize_blocks
+from lwquant.sequential import QuantizedLinearResult
 from lwquant.stages import check_budget, check_report, measure, merged, plan_report
 from lwquant.types import BitPlan, CalibrationSet, QuantizedWeight, SensitivityReport
 
@@ -152,27 +152,18 @@ def _quantize_and_save(
 ) -> Result:
     decoder = opened.decoder
     notes = list(plan.notes)
+    n_samples, seq_len = windows.tokens.shape
     with new_folder(output, overwrite) as folder, extra_files(opened) as extras:
         writer = ModelWriter(folder, opened.source, decoder.linears, decoder.model, decoder.key_of)
-        streams = Streams.start(
-            decoder, torch.cat([windows.tokens, held_out]), windows.tokens.shape[0]
-        )
-        for done in quantize_blocks(
-            decoder,
-            streams,
-            plan.schemes,
-            rounding.quantizer,
-            rounding.correction,
-            needs_drift=rounding.needs_drift,
-            progress=progress,
-        ):
+
+        def keep(done: QuantizedLinearResult) -> None:
             if isinstance(done.weight, QuantizedWeight):
-                notes += [f"{done.spec.name}: {note}" for note in done.weight.notes]
+                notes.extend(f"{done.spec.name}: {note}" for note in done.weight.notes)
                 writer.linear(done.spec, done.weight)
             else:
                 writer.linear(done.spec, sixteen_bits(done.weight, opened, done.spec.name))
-        n = windows.tokens.shape[0]
-        quality = compare_streams(decoder, streams.quantized[n:], streams.floating[n:], held_out)
+
+        quality = measure_plan(decoder, plan, rounding, windows.tokens, held_out, progress, keep)
         size_bytes = writer.finish(plan.schemes, plan.bpw, extras)
         write_plan(plan, folder / PLAN_FILE)
         if report is not None:
@@ -182,9 +173,7 @@ def _quantize_and_save(
             base_model=_public_name(opened),
             command=command,
             seed=recipe.seed,
-            calibration=CalibrationRecord(
-                windows.source, n, windows.tokens.shape[1], windows.sha256
-            ),
+            calibration=CalibrationRecord(windows.source, n_samples, seq_len, windows.sha256),
             metric=report.metric if report is not None else {"name": "none"},
             allocator=plan.allocator,
             quantizer=describe(rounding.quantizer),

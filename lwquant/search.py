@@ -4,49 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from lwquant.allocators.problem import problem_of
-from lwquant.held_out import Quality, compare_streams
-from lwquant.model.decoder import Decoder
+from lwquant.held_out import measure_plan
 from lwquant.prepare import OpenModel
 from lwquant.progress import Progress
 from lwquant.recipe import Rounding
-from lwquant.sequential import Streams, quantize_blocks
 from lwquant.types import BitPlan, SensitivityReport
 
 TOLERANCE_BPW = 0.03
 MAX_TRIALS = 8
-
-
-def measure_plan(
-    decoder: Decoder,
-    plan: BitPlan,
-    rounding: Rounding,
-    tokens: Tensor,
-    held_out: Tensor,
-    progress: Progress,
-) -> Quality:
-    """Quantize with a plan without saving anything, and compare on the held-out windows.
-
-    Args:
-        tokens: calibration windows (n_samples, seq_len).
-        held_out: windows (n, seq_len) of the same length.
-    """
-    n = tokens.shape[0]
-    streams = Streams.start(decoder, torch.cat([tokens, held_out]), n)
-    for _ in quantize_blocks(
-        decoder,
-        streams,
-        plan.schemes,
-        rounding.quantizer,
-        rounding.correction,
-        needs_drift=rounding.needs_drift,
-        progress=progress,
-    ):
-        pass
-    return compare_streams(decoder, streams.quantized[n:], streams.floating[n:], held_out)
 
 
 def smallest_plan(

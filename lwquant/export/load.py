@@ -26,8 +26,9 @@ from lwquant.export.format import (
 )
 from lwquant.model.names import parameter_names
 from lwquant.model.safetensors_header import TensorEntry, read_header
+from lwquant.model.structure import features_of
 from lwquant.nn.linear import QuantizedLinear
-from lwquant.nn.replace import features_of, find_linear, replace_linears
+from lwquant.nn.replace import find_linear, replace_linears
 from lwquant.types import QuantScheme
 
 # Dtype (None: whatever the checkpoint had) and shape of one tensor in a file.

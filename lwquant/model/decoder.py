@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lwquant.errors import CheckpointError, UnsupportedModelError
 from lwquant.model.checkpoint import WeightSource
 from lwquant.model.names import parameter_names
-from lwquant.model.structure import block_linears, find_blocks, in_out_features, trace_input_groups
+from lwquant.model.structure import block_linears, features_of, find_blocks, trace_input_groups
 from lwquant.progress import Progress, silent
 from lwquant.types import LinearSpec
 
@@ -141,13 +141,13 @@ class Decoder:
         self._calls_for(1, 8)  # runs block 0 itself, so it must come before the tracing hooks
         for index, block in enumerate(self.blocks):
             linears = block_linears(block)
-            signature = (type(block), *((n, in_out_features(m)) for n, m in linears.items()))
+            signature = (type(block), *((n, features_of(m)) for n, m in linears.items()))
             if signature not in groups:
                 with self.loaded(index) as real, torch.no_grad():
                     run = partial(self.run, index, real, probe)
                     groups[signature] = trace_input_groups(real, run)
             for name, module in linears.items():
-                in_features, out_features = in_out_features(module)
+                out_features, in_features = features_of(module)
                 full = f"{self.blocks_path}.{index}.{name}"
                 specs.append(
                     LinearSpec(full, index, out_features, in_features, groups[signature][name])

@@ -52,16 +52,17 @@ def block_linears(block: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
 
 
-def in_out_features(module: nn.Module) -> tuple[int, int]:
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear."""
     if isinstance(module, Conv1D):
-        return module.nx, module.nf
+        return module.nf, module.nx
     assert isinstance(module, nn.Linear)
-    return module.in_features, module.out_features
+    return module.out_features, module.in_features
 
 
 def linear_weights(module: nn.Module) -> int:
     linears = block_linears(module).values()
-    return sum(inputs * outputs for inputs, outputs in map(in_out_features, linears))
+    return sum(outputs * inputs for outputs, inputs in map(features_of, linears))
 
 
 def as_linear(module: nn.Module, tensor: Tensor) -> Tensor:

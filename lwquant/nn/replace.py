@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lwquant.errors import CheckpointError
+from lwquant.model.structure import features_of
 from lwquant.nn.linear import QuantizedLinear
 from lwquant.types import QuantScheme
 
@@ -21,13 +22,6 @@ def find_linear(model: nn.Module, name: str) -> nn.Linear | Conv1D:
     if not isinstance(module, nn.Linear | Conv1D):
         raise CheckpointError(f"{name!r} is a {type(module).__name__}, not a linear")
     return module
-
-
-def features_of(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(out_features, in_features)."""
-    if isinstance(module, Conv1D):
-        return module.nf, module.nx
-    return module.out_features, module.in_features
 
 
 def replace_linears(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> None:

@@ -21,7 +21,7 @@ from lwquant.errors import CheckpointError, OutputError
 from lwquant.export import load
 from lwquant.export.save import ModelWriter
 from lwquant.model.checkpoint import Checkpoint
-from lwquant.model.structure import block_linears, find_blocks, get_weight, in_out_features
+from lwquant.model.structure import block_linears, features_of, find_blocks, get_weight
 from lwquant.nn.linear import QuantizedLinear
 from lwquant.types import LinearSpec, QuantizedWeight, QuantScheme, plan_bpw
 
@@ -79,7 +79,7 @@ class Original:
         self.model = from_pretrained(folder, dtype=torch.float32)
         path, blocks = find_blocks(self.model)
         self.linears = tuple(
-            LinearSpec(f"{path}.{index}.{name}", index, *in_out_features(module)[::-1], 0)
+            LinearSpec(f"{path}.{index}.{name}", index, *features_of(module), 0)
             for index, block in enumerate(blocks)
             for name, module in block_linears(block).items()
         )
