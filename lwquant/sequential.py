@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lwquant.capture.record import catching_inputs, inputs_of
+from lwquant.capture.record import catching_inputs
 from lwquant.capture.stats import StatsAccumulator
 from lwquant.corrections import Correction
 from lwquant.errors import RoundingError
@@ -41,6 +40,14 @@ class Streams:
 
 
 @dataclass(frozen=True)
+class FloatBlock:
+    """What the float model's block was given and gave to its linears in the calibration samples."""
+
+    entry: Tensor  # the block's input, (n_calibration, seq_len, hidden)
+    inputs: dict[int, Tensor]  # by input group, (n_calibration, seq_len, in_features)
+
+
+@dataclass(frozen=True)
 class QuantizedLinearResult:
     """One finished linear: its codes, or its weight where the plan leaves it in 16 bits."""
 
@@ -64,7 +71,8 @@ def quantize_blocks(
 
     The linears of a block that read the same tensor share one set of statistics; it is recorded
     after the linears before them in the block were quantized. `streams` ends up after the last
-    block. `needs_drift` asks for Σ (x − x̂) x̂ᵀ (default: when there is a correction).
+    block. `needs_drift` asks for what the float model does differently, in the linears' inputs and
+    in the residual stream (default: when there is a correction).
     """
     needs_drift = correction is not None if needs_drift is None else needs_drift
     for index in range(decoder.n_blocks):
@@ -74,18 +82,16 @@ def quantize_blocks(
             groups.setdefault(spec.input_group, []).append(spec)
         with decoder.loaded(index) as block:
             # The float stream goes first, through weights that are still the original ones.
-            float_inputs: dict[int, Tensor] = {}
+            original = None
             if needs_drift:
                 first = {g: _module(decoder, block, members[0]) for g, members in groups.items()}
-                float_inputs = advance_and_catch(decoder, index, block, streams, first)
+                original = advance_and_catch(decoder, index, block, streams, first)
             else:  # only the held-out samples are ever compared with the float model
                 advance(decoder, index, block, streams.floating[streams.n_calibration :])
-            for group, members in groups.items():
-                own_float_inputs = float_inputs.pop(group, None)
+            for members in groups.values():
                 stats = None
                 if any(not schemes[spec.name].is_float for spec in members):
-                    module = _module(decoder, block, members[0])
-                    stats = record_stats(decoder, index, block, module, streams, own_float_inputs)
+                    stats = record_stats(decoder, index, block, members, streams, original)
                 for spec in members:
                     module = _module(decoder, block, spec)
                     if stats is None or schemes[spec.name].is_float:
@@ -134,21 +140,37 @@ def record_stats(
     decoder: Decoder,
     index: int,
     block: nn.Module,
-    module: nn.Module,
+    members: Sequence[LinearSpec],
     streams: Streams,
-    float_inputs: Tensor | None,
+    original: FloatBlock | None,
 ) -> LayerStats:
-    """Statistics of the input of `module`, a linear of the block as it is now.
+    """Statistics of the input that `members`, linears of the block as it is now, have in common.
 
     Args:
-        float_inputs: the same tokens' inputs in the float model, (n_calibration, seq_len,
-            in_features), where the drift between the two is wanted.
+        original: the float model's block, where the drift from it is wanted. Its inputs are used
+            up. The streams' floating part is past this block then.
     """
+    module = _module(decoder, block, members[0])
+    float_inputs = original.inputs.pop(members[0].input_group) if original else None
+    # A tensor is shared by the projections into a block's inside, never by two that lead out of it.
+    residual = decoder.residual_of(members[0]) if original and len(members) == 1 else None
     accumulator = StatsAccumulator()
     for rows in chunks(streams.n_calibration, streams.quantized.shape[1]):
-        run = partial(decoder.run, index, block, streams.quantized[rows])
-        inputs = inputs_of({0: module}, run)[0]
-        accumulator.add(inputs, None if float_inputs is None else float_inputs[rows])
+        entry = streams.quantized[rows]
+        output = None
+        with catching_inputs({0: module}, stop=residual != "output") as caught:
+            output = decoder.run(index, block, entry)
+        if original is None or float_inputs is None:
+            accumulator.add(caught[0])
+            continue
+        owed = None
+        if residual == "input":
+            owed = original.entry[rows] - entry
+        elif residual == "output":
+            assert output is not None
+            own = nn.functional.linear(float_inputs[rows] - caught[0], get_weight(module))
+            owed = streams.floating[rows] - output - own.reshape(output.shape)
+        accumulator.add(caught[0], float_inputs[rows], owed)
     return accumulator.result()
 
 
@@ -158,22 +180,22 @@ def advance_and_catch(
     block: nn.Module,
     streams: Streams,
     modules: Mapping[int, nn.Module],
-) -> dict[int, Tensor]:
-    """Advance the float stream, keeping what the modules read in the calibration samples.
+) -> FloatBlock:
+    """Advance the float stream, keeping the inputs of the block and of its modules, by their key.
 
-    By the key of the module: (n_calibration, seq_len, in_features). One pass through the float
-    block then serves all its linears, for the memory of their inputs.
+    One pass through the float block then serves all its linears, for the memory of their inputs.
     """
     n, seq_len = streams.n_calibration, streams.floating.shape[1]
+    entry = streams.floating[:n].clone()
     kept: dict[int, list[Tensor]] = {key: [] for key in modules}
     for rows in chunks(n, seq_len):
         with catching_inputs(modules) as caught:
-            output = decoder.run(index, block, streams.floating[rows])
+            output = decoder.run(index, block, entry[rows])
         for key, inputs in caught.items():
             kept[key].append(inputs)
         streams.floating[rows] = output
     advance(decoder, index, block, streams.floating[n:])
-    return {key: torch.cat(parts) for key, parts in kept.items()}
+    return FloatBlock(entry, {key: torch.cat(parts) for key, parts in kept.items()})
 
 
 def advance(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) -> None:

@@ -2,6 +2,10 @@
 
 Arai, Ichikawa, "Quantization Error Propagation: Revisiting Layer-Wise Post-Training Quantization",
 arXiv:2504.09629.
+
+Ours goes further in one point: a linear whose output is added to the residual stream also takes on
+the error that the stream carries already, as far as its inputs can tell. On SmolLM2-135M that
+brings the KL of a mixed 3.3-bit plan from .336 to FILL, on the tests' tiny Llama from .045 to .040.
 """
 
 from __future__ import annotations
@@ -13,19 +17,24 @@ from lwquant.types import LayerStats
 
 
 def error_propagation(
-    weight: Tensor, stats: LayerStats, *, strength: float = 0.5, damping: float = 0.01
+    weight: Tensor,
+    stats: LayerStats,
+    *,
+    strength: float = 0.5,
+    damping: float = 0.01,
+    repair_residual: bool = True,
 ) -> Tensor:
-    """W + strength · W · C · (H + damping·mean(diag H)·I)⁻¹ with C = Σ (x − x̂) x̂ᵀ.
+    """W + strength · (W · C + R) · (H + damping·mean(diag H)·I)⁻¹.
 
-    Unlike the authors we correct down projections too, which lowers the KL at 2, 3 and 4 bits on
-    the tests' tiny Llama. A strength of 0.75 is better still there, but worse on SmolLM2-135M.
-
-    Strength 1 is the ridge solution of min ‖W X − W* X̂‖², 0 the weight itself; values between
-    shrink towards the weight, which guards against fitting the calibration set.
+    C = Σ (x − x̂) x̂ᵀ and, for linears that write into the residual stream r, R = Σ (r − r̂) x̂ᵀ.
+    Strength 1 is the ridge solution of min ‖(r + W x) − (r̂ + W* x̂)‖², 0 the weight itself; values
+    between shrink towards the weight, which guards against fitting the calibration set. Unlike the
+    authors we correct down projections too.
 
     Args:
         weight: (out_features, in_features).
-        stats: hessian and drift, each (in_features, in_features).
+        stats: hessian and drift (in_features, in_features), and residual, of the weight's shape.
+        repair_residual: False leaves R out, which is QEP as published.
 
     Raises ValueError when drift was not recorded or the damped Hessian is not positive definite.
     """
@@ -39,5 +48,7 @@ def error_propagation(
     lower, info = torch.linalg.cholesky_ex(hessian + ridge)
     if info != 0:
         raise ValueError(f"H + {damping}·mean(diag)·I is not positive definite; raise the damping")
-    moved = weight.float() @ stats.drift.to(weight.device, torch.float32)
-    return weight + strength * torch.cholesky_solve(moved.T, lower).T
+    owed = weight.float() @ stats.drift.to(weight.device, torch.float32)
+    if stats.residual is not None and repair_residual:
+        owed = owed + stats.residual.to(weight.device, torch.float32)
+    return weight + strength * torch.cholesky_solve(owed.T, lower).T

@@ -40,11 +40,11 @@ def fisher(
 
     Holds the inputs of all blocks for all tokens: n_blocks · n_samples · seq_len · hidden floats.
     """
-    inputs = [visit.inputs for visit in walk_blocks(decoder, tokens)]
+    inputs = []
+    for visit in walk_blocks(decoder, tokens):
+        inputs.append(visit.inputs)
+    gradient = head_gradient(decoder, visit.outputs, tokens, seed)
     final = decoder.n_blocks - 1
-    with decoder.loaded(final) as block, torch.no_grad():
-        last = torch.cat([decoder.run(final, block, row[None]) for row in inputs[-1]])
-    gradient = head_gradient(decoder, last, tokens, seed)
     costs: list[Tensor] = []
     for index in reversed(range(decoder.n_blocks)):
         progress("sensitivity", f"block {index}", final - index, decoder.n_blocks)

@@ -1,5 +1,7 @@
 """The laws of every correction, and the least-squares oracle of error propagation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,6 +53,18 @@ def test_full_strength_is_the_least_squares_solution():
     got = error_propagation(weight, stats_of(floats, inputs), strength=1.0, damping=0.0)
     wanted = torch.linalg.lstsq(inputs.double(), floats.double() @ weight.double().T).solution.T
     torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_linear_takes_on_what_the_residual_stream_owes_where_it_is_known():
+    weight, floats, inputs = make_streams()
+    owed = inputs @ torch.randn(12, 20, generator=torch.Generator().manual_seed(1)).T + 0.1
+    stats = replace(stats_of(floats, inputs), residual=owed.T @ inputs)
+    got = error_propagation(weight, stats, strength=1.0, damping=0.0)
+    target = owed.double() + floats.double() @ weight.double().T
+    wanted = torch.linalg.lstsq(inputs.double(), target).solution.T
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3)
+    published = error_propagation(weight, stats, repair_residual=False)
+    assert torch.equal(published, error_propagation(weight, stats_of(floats, inputs)))
 
 
 def test_the_error_falls_with_strength_and_half_strength_is_half_way():

@@ -16,6 +16,11 @@ from lwquant.types import QuantizedWeight, QuantScheme
 SCHEME = QuantScheme(3, 32)
 
 
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr("lwquant.sequential.TOKENS_PER_RUN", 80)
+
+
 @pytest.fixture(scope="module")
 def decoder(tiny_folder):
     return Decoder.open(open_checkpoint(tiny_folder))
@@ -47,7 +52,7 @@ def walk(decoder, tokens, schemes, **settings):
 
 @torch.no_grad()
 def run(model, tokens, name=None):
-    """Input of linear `name`, (tokens, in_features), or the last block's output."""
+    """Input of module `name`, (tokens, in_features), or the last block's output."""
     caught = []
     if name is None:
         last = model.model.layers[-1]
@@ -58,6 +63,14 @@ def run(model, tokens, name=None):
     model(tokens)
     handle.remove()
     return caught[0] if name is None else caught[0].flatten(0, 1).double()
+
+
+def residual_stream(name):
+    """The module of a Llama block that reads what the linear's output is added to."""
+    block = name.rsplit(".", 2)[0]
+    if name.endswith("o_proj"):
+        return f"{block}.input_layernorm"
+    return f"{block}.post_attention_layernorm" if name.endswith("down_proj") else None
 
 
 @torch.no_grad()
@@ -83,6 +96,13 @@ def test_statistics_are_those_of_the_model_as_quantized_so_far(decoder, model, t
         assert (stats.hessian - hessian).abs().max() < 1e-5 * scale
         assert (stats.drift - drift).abs().max() < 1e-5 * scale
         assert stats.n_tokens == 4 * 40
+        stream = residual_stream(result.spec.name)
+        assert (stats.residual is None) == (stream is None)
+        if stream is not None:
+            owed = run(model, tokens[:4], stream) - run(changed, tokens[:4], stream)
+            missed = (stats.residual - owed.T @ inputs).norm()
+            assert missed < 1e-3 * (owed.norm() * inputs.norm() + 1e-6)
+            assert (owed.T @ inputs).norm() >= 0.03 * owed.norm() * inputs.norm()
         put(changed, result)
     assert (drift.norm() / hessian.norm()) > 0.01  # far above the tolerance
 
