@@ -33,6 +33,12 @@ WINDOWS, SEQ_LEN = 12, 512
 GROUP = 64
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 RANDOM_SEEDS = (0, 1, 2)
+# The uniform row that each section's mixed plans are compared with: same rounding, same bits.
+UNIFORM = {
+    "allocation-rtn": "allocation-rtn/{}/uniform",
+    "allocation-gptq": "rounding/{}/gptq",
+    "allocation": "rounding/{}/gptq+qep",
+}
 
 
 @dataclass(frozen=True)
@@ -229,16 +235,24 @@ def append(row: Row) -> None:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Markdown, as in the README."""
+    """Markdown, as in the README: every row, then what each mixed plan gains on the uniform one."""
     print("| row | bpw | perplexity | KL | top-1 | seconds (+ costs) | peak MB | commit |")
     print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
+    order = {name: position for position, name in enumerate(jobs())}
+    for row in sorted(rows, key=lambda row: order.get(row.name, len(order))):
         if not row.name.startswith("blocks/"):
             print(
                 f"| {row.name} | {row.bpw:.3f} | {row.perplexity:.2f} | {row.kl_divergence:.4f} | "
                 f"{row.top1_agreement:.3f} | {row.seconds:.0f} (+ {row.sensitivity_seconds:.0f}) | "
                 f"{row.peak_mb:.0f} | {row.commit} |"
             )
+    print()
+    kl = {row.name: row.kl_divergence for row in rows}
+    for section, uniform in UNIFORM.items():
+        for bits in ("3", "4"):
+            mixed, same = f"{section}/{bits}/exact", uniform.format(bits)
+            if mixed in kl and same in kl:
+                print(f"{mixed}: {1 - kl[mixed] / kl[same]:.1%} less KL than {same}")
 
 
 def draw_blocks(rows: list[Row]) -> None:
