@@ -204,8 +204,12 @@ def _quiet(stage, item, done, total):
 
 
 def commit() -> str:
-    described = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(described, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    """The commit of the code; "-dirty" where the code, not only the results, differs from it."""
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    name = subprocess.run(head, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    code = ["lwquant", "csrc", "calibration", "benchmarks/quality.py"]
+    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=HERE.parent)
+    return name if same.returncode == 0 else f"{name}-dirty"
 
 
 def machine() -> str:
