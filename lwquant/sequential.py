@@ -92,6 +92,8 @@ def quantize_blocks(
                 stats = None
                 if any(not schemes[spec.name].is_float for spec in members):
                     stats = record_stats(decoder, index, block, members, streams, original)
+                if original is not None:
+                    del original.inputs[members[0].input_group]  # gigabytes in a large model
                 for spec in members:
                     module = _module(decoder, block, spec)
                     if stats is None or schemes[spec.name].is_float:
@@ -147,30 +149,29 @@ def record_stats(
     """Statistics of the input that `members`, linears of the block as it is now, have in common.
 
     Args:
-        original: the float model's block, where the drift from it is wanted. Its inputs are used
-            up. The streams' floating part is past this block then.
+        original: the float model's block, where the drift from it is wanted. The streams' floating
+            part is past this block then.
     """
-    module = _module(decoder, block, members[0])
-    float_inputs = original.inputs.pop(members[0].input_group) if original else None
+    module, group = _module(decoder, block, members[0]), members[0].input_group
     # A tensor is shared by the projections into a block's inside, never by two that lead out of it.
     residual = decoder.residual_of(members[0]) if original and len(members) == 1 else None
     accumulator = StatsAccumulator()
     for rows in chunks(streams.n_calibration, streams.quantized.shape[1]):
-        entry = streams.quantized[rows]
-        output = None
+        entry = output = streams.quantized[rows]
         with catching_inputs({0: module}, stop=residual != "output") as caught:
             output = decoder.run(index, block, entry)
-        if original is None or float_inputs is None:
+        if original is None:
             accumulator.add(caught[0])
             continue
+        float_inputs = original.inputs[group][rows]
+        inputs = caught[0].reshape(float_inputs.shape)
         owed = None
         if residual == "input":
             owed = original.entry[rows] - entry
-        elif residual == "output":
-            assert output is not None
-            own = nn.functional.linear(float_inputs[rows] - caught[0], get_weight(module))
-            owed = streams.floating[rows] - output - own.reshape(output.shape)
-        accumulator.add(caught[0], float_inputs[rows], owed)
+        elif residual == "output":  # the block's outputs hold what the linear itself puts out, too
+            own = nn.functional.linear(float_inputs - inputs, get_weight(module))
+            owed = streams.floating[rows] - output - own
+        accumulator.add(inputs, float_inputs, owed)
     return accumulator.result()
 
 
@@ -187,15 +188,18 @@ def advance_and_catch(
     """
     n, seq_len = streams.n_calibration, streams.floating.shape[1]
     entry = streams.floating[:n].clone()
-    kept: dict[int, list[Tensor]] = {key: [] for key in modules}
+    kept: dict[int, Tensor] = {}
     for rows in chunks(n, seq_len):
         with catching_inputs(modules) as caught:
             output = decoder.run(index, block, entry[rows])
         for key, inputs in caught.items():
-            kept[key].append(inputs)
+            shaped = inputs.reshape(*output.shape[:2], -1)  # some blocks flatten their tokens
+            if key not in kept:
+                kept[key] = shaped.new_empty(n, *shaped.shape[1:])
+            kept[key][rows] = shaped
         streams.floating[rows] = output
     advance(decoder, index, block, streams.floating[n:])
-    return FloatBlock(entry, {key: torch.cat(parts) for key, parts in kept.items()})
+    return FloatBlock(entry, kept)
 
 
 def advance(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) -> None:
