@@ -31,8 +31,9 @@ WORK = HERE.parent / "demo"  # git-ignored: the model and the sensitivity report
 DATA = HERE.parent.parent / "shared" / "data"
 WINDOWS, SEQ_LEN = 12, 512
 GROUP = 64
-SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+SHARES = (0.125, 0.25, 0.5, 0.75)  # and none and all, where the order does not matter
 RANDOM_SEEDS = (0, 1, 2)
+LOWERED = ("lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS))
 # The uniform row that each section's mixed plans are compared with: same rounding, same bits.
 UNIFORM = {
     "allocation-rtn": "allocation-rtn/{}/uniform",
@@ -69,8 +70,8 @@ def jobs() -> list[str]:
     allocation += [f"allocation/{b}/{m}" for b in (3, 4) for m in ("exact", "spikes")]
     plain = ["uniform", "exact", "spikes", *orders]  # plain rounding: a row takes seconds
     allocation += [f"allocation-rtn/{b}/{m}" for b in (3, 4) for m in plain]
-    lowered = ["lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS)]
-    blocks = [f"blocks/{order}/{share}" for order in lowered for share in SHARES]
+    blocks = [f"blocks/{order}/{share}" for order in LOWERED for share in SHARES]
+    blocks += [f"blocks/any/{share}" for share in (0.0, 1.0)]
     slow = [f"allocation/{b}/{m}" for b in (3, 4) for m in orders]
     return [*rounding, *allocation, "preset/3.5", *blocks, *slow]
 
@@ -146,8 +147,9 @@ def plan_for(section, rest, opened, windows, recipe):
         return make_plan(report, float(rest[0]), exact), seconds
     blocks = list(range(opened.decoder.n_blocks))
     if section == "blocks":
-        order, share = rest[0], float(rest[1])
+        share = float(rest[1])
         raised = len(blocks) - round(share * len(blocks))
+        order = "lim" if rest[0] == "any" else rest[0]
         top = set(_order(order, opened, windows, recipe, blocks)[:raised])
         schemes = {s.name: QuantScheme(4 if s.block in top else 2, GROUP) for s in linears}
         return _plan(schemes, linears), 0.0
@@ -207,7 +209,7 @@ def commit() -> str:
     """The commit of the code; "-dirty" where the code, not only the results, differs from it."""
     head = ["git", "rev-parse", "--short", "HEAD"]
     name = subprocess.run(head, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    code = ["lwquant", "csrc", "calibration", "benchmarks/quality.py"]
+    code = ["lwquant", "csrc", "calibration", "benchmarks/*.py"]
     same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=HERE.parent)
     return name if same.returncode == 0 else f"{name}-dirty"
 
@@ -230,7 +232,7 @@ def append(row: Row) -> None:
     RESULTS.mkdir(exist_ok=True)
     new = not CSV.exists()
     with CSV.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(
@@ -265,8 +267,9 @@ def draw_blocks(rows: list[Row]) -> None:
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for order in ("lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS)):
-        points = [r for r in rows if r.name.startswith(f"blocks/{order}/")]
+    for order in LOWERED:
+        points = [r for r in rows if r.name.startswith((f"blocks/{order}/", "blocks/any/"))]
+        points.sort(key=lambda row: float(row.name.rsplit("/", 1)[1]))
         style = {"color": "0.65", "lw": 1} if "random" in order else {"marker": "o"}
         label = None if order in ("random-1", "random-2") else order.removesuffix("-0")
         axes.plot(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lwquant.capture.stats import StatsAccumulator
 from lwquant.corrections import Correction
 from lwquant.errors import RoundingError
 from lwquant.model.decoder import Decoder
+from lwquant.model.residual import Residual, residual_writers
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
@@ -39,12 +41,13 @@ class Streams:
         return cls(hidden, hidden.clone(), n_calibration)
 
 
-@dataclass(frozen=True)
+@dataclass
 class FloatBlock:
-    """What the float model's block was given and gave to its linears in the calibration samples."""
+    """What the float model's block reads in the calibration samples, and how it is wired."""
 
     entry: Tensor  # the block's input, (n_calibration, seq_len, hidden)
-    inputs: dict[int, Tensor]  # by input group, (n_calibration, seq_len, in_features)
+    inputs: dict[int, list[Tensor]]  # of its linears by input group, one tensor per chunk
+    writers: Mapping[str, Residual]  # linears, by name in the block, that write into the residual
 
 
 @dataclass(frozen=True)
@@ -76,33 +79,55 @@ def quantize_blocks(
     """
     needs_drift = correction is not None if needs_drift is None else needs_drift
     for index in range(decoder.n_blocks):
-        specs = decoder.block_linears(index)
-        groups: dict[int, list[LinearSpec]] = {}
-        for spec in sorted(specs, key=lambda spec: spec.input_group):
-            groups.setdefault(spec.input_group, []).append(spec)
         with decoder.loaded(index) as block:
-            # The float stream goes first, through weights that are still the original ones.
-            original = None
-            if needs_drift:
-                first = {g: _module(decoder, block, members[0]) for g, members in groups.items()}
-                original = advance_and_catch(decoder, index, block, streams, first)
-            else:  # only the held-out samples are ever compared with the float model
-                advance(decoder, index, block, streams.floating[streams.n_calibration :])
-            for members in groups.values():
-                stats = None
-                if any(not schemes[spec.name].is_float for spec in members):
-                    stats = record_stats(decoder, index, block, members, streams, original)
-                if original is not None:
-                    del original.inputs[members[0].input_group]  # gigabytes in a large model
-                for spec in members:
-                    module = _module(decoder, block, spec)
-                    if stats is None or schemes[spec.name].is_float:
-                        yield QuantizedLinearResult(spec, get_weight(module), 0.0)
-                        continue
-                    progress("quantize", spec.name, index, decoder.n_blocks)
-                    yield _quantize_one(spec, module, stats, schemes, quantizer, correction)
-            advance(decoder, index, block, streams.quantized)
+            yield from _quantize_block(
+                decoder,
+                index,
+                block,
+                streams,
+                schemes,
+                quantizer,
+                correction,
+                needs_drift,
+                progress,
+            )
     progress("quantize", "done", decoder.n_blocks, decoder.n_blocks)
+
+
+def _quantize_block(
+    decoder: Decoder,
+    index: int,
+    block: nn.Module,
+    streams: Streams,
+    schemes: Mapping[str, QuantScheme],
+    quantizer: Quantizer,
+    correction: Correction | None,
+    needs_drift: bool,
+    progress: Progress,
+) -> Iterator[QuantizedLinearResult]:
+    groups: dict[int, list[LinearSpec]] = {}
+    for spec in sorted(decoder.block_linears(index), key=lambda spec: spec.input_group):
+        groups.setdefault(spec.input_group, []).append(spec)
+    rounded = {g for g, specs in groups.items() if any(not schemes[s.name].is_float for s in specs)}
+    # The float stream goes first, through weights that are still the original ones.
+    original = None
+    if needs_drift:
+        first = {group: _module(decoder, block, groups[group][0]) for group in rounded}
+        original = advance_and_catch(decoder, index, block, streams, first)
+    else:  # only the held-out samples are ever compared with the float model
+        advance(decoder, index, block, streams.floating[streams.n_calibration :])
+    for group, members in groups.items():
+        stats = None
+        if group in rounded:
+            stats = record_stats(decoder, index, block, members, streams, original)
+        for spec in members:
+            module = _module(decoder, block, spec)
+            if stats is None or schemes[spec.name].is_float:
+                yield QuantizedLinearResult(spec, get_weight(module), 0.0)
+                continue
+            progress("quantize", spec.name, index, decoder.n_blocks)
+            yield _quantize_one(spec, module, stats, schemes, quantizer, correction)
+    advance(decoder, index, block, streams.quantized)
 
 
 def _module(decoder: Decoder, block: nn.Module, spec: LinearSpec) -> nn.Module:
@@ -149,29 +174,30 @@ def record_stats(
     """Statistics of the input that `members`, linears of the block as it is now, have in common.
 
     Args:
-        original: the float model's block, where the drift from it is wanted. The streams' floating
-            part is past this block then.
+        original: the float model's block, where the drift from it is wanted; the members' inputs
+            are taken out of it. The streams' floating part is past this block then.
     """
-    module, group = _module(decoder, block, members[0]), members[0].input_group
-    # A tensor is shared by the projections into a block's inside, never by two that lead out of it.
-    residual = decoder.residual_of(members[0]) if original and len(members) == 1 else None
+    module = _module(decoder, block, members[0])
+    float_inputs, residual = None, None
+    if original is not None:
+        float_inputs = original.inputs.pop(members[0].input_group)
+        if len(members) == 1:  # shared inputs lead into a block, writers lead out of it
+            residual = original.writers.get(decoder.local_name(members[0]))
     accumulator = StatsAccumulator()
-    for rows in chunks(streams.n_calibration, streams.quantized.shape[1]):
-        entry = output = streams.quantized[rows]
+    for number, rows in enumerate(chunks(streams.n_calibration, streams.quantized.shape[1])):
+        entry = streams.quantized[rows]
         with catching_inputs({0: module}, stop=residual != "output") as caught:
             output = decoder.run(index, block, entry)
-        if original is None:
+        if original is None or float_inputs is None:
             accumulator.add(caught[0])
             continue
-        float_inputs = original.inputs[group][rows]
-        inputs = caught[0].reshape(float_inputs.shape)
         owed = None
         if residual == "input":
             owed = original.entry[rows] - entry
         elif residual == "output":  # the block's outputs hold what the linear itself puts out, too
-            own = nn.functional.linear(float_inputs - inputs, get_weight(module))
-            owed = streams.floating[rows] - output - own
-        accumulator.add(inputs, float_inputs, owed)
+            own = nn.functional.linear(float_inputs[number] - caught[0], get_weight(module))
+            owed = streams.floating[rows] - output - own.reshape(output.shape)
+        accumulator.add(caught[0], float_inputs[number], owed)
     return accumulator.result()
 
 
@@ -188,18 +214,17 @@ def advance_and_catch(
     """
     n, seq_len = streams.n_calibration, streams.floating.shape[1]
     entry = streams.floating[:n].clone()
-    kept: dict[int, Tensor] = {}
+    few = entry[:2]
+    writers = residual_writers(block, few, partial(decoder.run, index, block, few))
+    kept: dict[int, list[Tensor]] = {key: [] for key in modules}
     for rows in chunks(n, seq_len):
         with catching_inputs(modules) as caught:
             output = decoder.run(index, block, entry[rows])
         for key, inputs in caught.items():
-            shaped = inputs.reshape(*output.shape[:2], -1)  # some blocks flatten their tokens
-            if key not in kept:
-                kept[key] = shaped.new_empty(n, *shaped.shape[1:])
-            kept[key][rows] = shaped
+            kept[key].append(inputs)
         streams.floating[rows] = output
     advance(decoder, index, block, streams.floating[n:])
-    return FloatBlock(entry, kept)
+    return FloatBlock(entry, kept, writers)
 
 
 def advance(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) -> None:

@@ -156,7 +156,8 @@ class LayerStats:
     drift: Tensor | None  # (in_features, in_features) float32: Σ (x − x̂) x̂ᵀ, None if not asked for
     n_tokens: int
     # (out_features, in_features) float32: Σ (r − r̂) x̂ᵀ, where r is the residual stream that the
-    # linear's output is added to. None where it is not added as it is, or drift was not asked for.
+    # linear's output is added to. None where model/residual.py does not list the linear, or drift
+    # was not asked for.
     residual: Tensor | None = None
 
 

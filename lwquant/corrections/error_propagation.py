@@ -34,7 +34,7 @@ def error_propagation(
     Args:
         weight: (out_features, in_features).
         stats: hessian and drift (in_features, in_features), and residual, of the weight's shape.
-        repair_residual: False leaves R out, which is QEP as published.
+        repair_residual: False leaves R out, as in the paper.
 
     Raises ValueError when drift was not recorded or the damped Hessian is not positive definite.
     """

@@ -20,7 +20,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lwquant.errors import CheckpointError, UnsupportedModelError
 from lwquant.model.checkpoint import WeightSource
 from lwquant.model.names import parameter_names
-from lwquant.model.residual import Residual, residual_writers
 from lwquant.model.structure import block_linears, features_of, find_blocks, trace_input_groups
 from lwquant.progress import Progress, silent
 from lwquant.types import LinearSpec
@@ -49,7 +48,6 @@ class Decoder:
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._returns_tuple: bool | None = None
         self._load_outer_parameters()
-        self._residuals: dict[str, Residual] = {}
         self.linears = self._list_linears()
 
     @classmethod
@@ -103,17 +101,13 @@ class Decoder:
         """The linear's name inside its block."""
         return spec.name.removeprefix(f"{self.blocks_path}.{spec.block}.")
 
-    def residual_of(self, spec: LinearSpec) -> Residual | None:
-        """Where to read the residual stream that the linear's output is added to as it is."""
-        return self._residuals.get(spec.name)
-
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Input of the first block, (n_samples, seq_len, hidden), for tokens (n_samples, seq)."""
         return self._first_call(tokens)[0]
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Output of a loaded block, or a changed copy of it, for (n_samples, seq_len, hidden)."""
+        """Output of a loaded block, as its weights are now, for (n_samples, seq_len, hidden)."""
         call = self._calls_for(hidden.shape[0], hidden.shape[1])[index]
         output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -137,14 +131,13 @@ class Decoder:
         return hidden
 
     def _list_linears(self) -> tuple[LinearSpec, ...]:
-        """Every projection of every block, with who shares whose input and who writes residuals.
+        """Every projection of every block, with who shares whose input.
 
         Blocks of equal structure are traced once; tracing runs the block on a few tokens.
         """
         groups: dict[tuple[object, ...], dict[str, int]] = {}
-        writers: dict[tuple[object, ...], dict[str, Residual]] = {}
         specs = []
-        probe = self.embed(torch.arange(8, device=self.device)[None] % self.vocab_size)
+        probe = self.embed(torch.zeros(1, 8, dtype=torch.long, device=self.device))
         self._calls_for(1, 8)  # runs block 0 itself, so it must come before the tracing hooks
         for index, block in enumerate(self.blocks):
             linears = block_linears(block)
@@ -153,12 +146,9 @@ class Decoder:
                 with self.loaded(index) as real, torch.no_grad():
                     run = partial(self.run, index, real, probe)
                     groups[signature] = trace_input_groups(real, run)
-                    writers[signature] = residual_writers(real, probe, run)
             for name, module in linears.items():
                 out_features, in_features = features_of(module)
                 full = f"{self.blocks_path}.{index}.{name}"
-                if name in writers[signature]:
-                    self._residuals[full] = writers[signature][name]
                 specs.append(
                     LinearSpec(full, index, out_features, in_features, groups[signature][name])
                 )

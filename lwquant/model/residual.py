@@ -1,7 +1,7 @@
 """Which linears of a block write straight into the residual stream, found by running the block.
 
 Such a linear's output is added to the stream as it is, so it can also make up for an error that
-the stream already carries. Where a norm or a factor lies between, it cannot, and is not listed.
+the stream already carries. Where a norm or a factor lies between, it is not listed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def residual_writers(
     """Names of the linears that write into the residual stream, and where to read that stream.
 
     Args:
-        hidden: the block's input, (n_samples, seq_len, hidden).
+        hidden: the block's input, (n_samples, seq_len, hidden); a few samples will do.
         run: runs the block on it, and returns its output of the same shape.
     """
     candidates = {
@@ -41,14 +41,15 @@ def residual_writers(
 
     def note_output(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: object, output: Tensor) -> None:
-            outputs[name] = output.reshape(hidden.shape)
+            if output.numel() == hidden.numel():
+                outputs[name] = output.reshape(hidden.shape).clone()  # blocks may add in place
 
         return hook
 
     def note_input(_: nn.Module, args: tuple[object, ...]) -> None:
         if args and isinstance(args[0], Tensor) and args[0].numel() == hidden.numel():
             for name in outputs:
-                read_later[name].append(args[0].reshape(hidden.shape))
+                read_later[name].append(args[0].reshape(hidden.shape).clone())
 
     handles = [m.register_forward_hook(note_output(name)) for name, m in candidates.items()]
     handles += [m.register_forward_pre_hook(note_input) for m in block.modules()]
@@ -59,9 +60,9 @@ def residual_writers(
             handle.remove()
     found: dict[str, Residual] = {}
     for name, module in candidates.items():
-        own = outputs[name]
-        if not own.any():
-            continue  # a zero weight: nothing could be told from its output
+        own = outputs.get(name)
+        if own is None or not own.any():
+            continue  # nothing can be told from the output of a zero weight
         if any(_close(later - hidden, own) for later in read_later[name]):
             found[name] = "input"
         elif _close(_shifted(module, run, own) - before, own):

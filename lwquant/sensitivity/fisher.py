@@ -23,7 +23,7 @@ from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
 from lwquant.sensitivity.measurement import Measurement
-from lwquant.sensitivity.walk import block_stats, walk_blocks, weight_changes
+from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
 from lwquant.types import LinearSpec, QuantScheme
 
 
@@ -40,10 +40,8 @@ def fisher(
 
     Holds the inputs of all blocks for all tokens: n_blocks · n_samples · seq_len · hidden floats.
     """
-    inputs = []
-    for visit in walk_blocks(decoder, tokens):
-        inputs.append(visit.inputs)
-    gradient = head_gradient(decoder, visit.outputs, tokens, seed)
+    inputs, last = block_inputs(decoder, tokens)
+    gradient = head_gradient(decoder, last, tokens, seed)
     final = decoder.n_blocks - 1
     costs: list[Tensor] = []
     for index in reversed(range(decoder.n_blocks)):

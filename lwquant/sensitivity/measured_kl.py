@@ -19,7 +19,7 @@ from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
 from lwquant.sensitivity.measurement import Measurement
-from lwquant.sensitivity.walk import block_stats, walk_blocks, weight_changes
+from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
 from lwquant.sequential import chunks
 from lwquant.types import QuantScheme
 
@@ -48,10 +48,9 @@ def measured_kl(
             scheme's cost is then the measured KL times its own relative squared error over this.
         positions: the KL is taken at every `positions`-th token.
     """
-    inputs = []
-    for visit in walk_blocks(decoder, tokens):
-        inputs.append(visit.inputs)
-    reference = visit.outputs[:, ::positions].clone()
+    inputs, last = block_inputs(decoder, tokens)
+    reference = last[:, ::positions].clone()
+    del last
     generator = torch.Generator().manual_seed(seed)
     rows: list[Tensor] = []
     for index in range(decoder.n_blocks):

@@ -42,6 +42,16 @@ def walk_blocks(decoder: Decoder, tokens: Tensor) -> Iterator[BlockVisit]:
         hidden = output
 
 
+def block_inputs(decoder: Decoder, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The input of every block, and the output of the last, (n_samples, seq_len, hidden) each."""
+    inputs = []
+    outputs = torch.empty(0)
+    for visit in walk_blocks(decoder, tokens):
+        inputs.append(visit.inputs)
+        outputs = visit.outputs
+    return inputs, outputs
+
+
 @torch.no_grad()
 def block_stats(
     decoder: Decoder, index: int, block: nn.Module, hidden: Tensor

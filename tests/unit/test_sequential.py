@@ -1,19 +1,23 @@
 """The walk over the blocks against whole transformers models, quantized linear by linear."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
+from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
 from lwquant.corrections import error_propagation
 from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
+from lwquant.model.structure import set_weight
 from lwquant.quantizers import rtn
 from lwquant.sequential import Streams, quantize_blocks
 from lwquant.types import QuantizedWeight, QuantScheme
 
 SCHEME = QuantScheme(3, 32)
+N = 3  # of 6 windows, in chunks of two
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +43,7 @@ def tokens(tiny_tokenizer, heldout_text):
 
 def walk(decoder, tokens, schemes, **settings):
     """Every result in order, the statistics its quantizer was given, and the final streams."""
-    streams = Streams.start(decoder, tokens, n_calibration=4)
+    streams = Streams.start(decoder, tokens, n_calibration=N)
     seen = []
 
     def spy(weight, stats, scheme):
@@ -90,16 +94,16 @@ def test_statistics_are_those_of_the_model_as_quantized_so_far(decoder, model, t
     )
     changed = deepcopy(model)
     for result, stats in zip(results, seen, strict=True):
-        inputs, floats = (run(m, tokens[:4], result.spec.name) for m in (changed, model))
+        inputs, floats = (run(m, tokens[:N], result.spec.name) for m in (changed, model))
         scale = inputs.square().sum().item()
         hessian, drift = inputs.T @ inputs, (floats - inputs).T @ inputs
         assert (stats.hessian - hessian).abs().max() < 1e-5 * scale
         assert (stats.drift - drift).abs().max() < 1e-5 * scale
-        assert stats.n_tokens == 4 * 40
+        assert stats.n_tokens == N * 40
         stream = residual_stream(result.spec.name)
         assert (stats.residual is None) == (stream is None)
         if stream is not None:
-            owed = run(model, tokens[:4], stream) - run(changed, tokens[:4], stream)
+            owed = run(model, tokens[:N], stream) - run(changed, tokens[:N], stream)
             missed = (stats.residual - owed.T @ inputs).norm()
             assert missed < 1e-3 * (owed.norm() * inputs.norm() + 1e-6)
             assert (owed.T @ inputs).norm() >= 0.03 * owed.norm() * inputs.norm()
@@ -107,10 +111,76 @@ def test_statistics_are_those_of_the_model_as_quantized_so_far(decoder, model, t
     assert (drift.norm() / hessian.norm()) > 0.01  # far above the tolerance
 
 
+@torch.no_grad()
+def around(model, tokens, block, name):
+    """What the block puts out besides the linear's own output, (tokens, hidden)."""
+    caught = {}
+    handles = [
+        model.get_submodule(path).register_forward_hook(
+            lambda _, args, out, path=path: caught.update(
+                {path: out[0] if isinstance(out, tuple) else out}
+            )
+        )
+        for path in (block, name)
+    ]
+    model(tokens)
+    for handle in handles:
+        handle.remove()
+    return (caught[block] - caught[name]).flatten(0, 1).double()
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "ends"),
+    [
+        ("gpt_neox", "gpt_neox.layers", ("attention.dense", "dense_4h_to_h")),  # side by side
+        ("gpt2", "transformer.h", ("mlp.c_proj",)),  # Conv1D
+    ],
+)
+def test_the_residual_of_other_wirings_is_the_rest_of_the_blocks_output(
+    kind, blocks, ends, tmp_path
+):
+    folder = random_model(kind, tmp_path)
+    decoder = Decoder.open(open_checkpoint(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.randint(512, (6, 40), generator=torch.Generator().manual_seed(0))
+    schemes = {spec.name: QuantScheme(2, 32) for spec in decoder.linears}
+    results, seen, _ = walk(decoder, tokens, schemes, needs_drift=True)
+    changed = deepcopy(model)
+    checked = 0
+    for result, stats in zip(results, seen, strict=True):
+        name, block = result.spec.name, f"{blocks}.{result.spec.block}"
+        if name.endswith(ends):
+            owed = around(model, tokens[:N], block, name) - around(changed, tokens[:N], block, name)
+            inputs = run(changed, tokens[:N], name)
+            missed = (stats.residual - owed.T @ inputs).norm()
+            assert missed < (1e-5 + 2e-3 * owed.norm()) * inputs.norm()
+            checked += 1
+        weight = result.weight.dequantize()
+        with torch.no_grad():
+            set_weight(changed.get_submodule(name), weight)
+    assert checked == decoder.n_blocks * len(ends)
+
+
+def test_repairing_the_residual_stream_lowers_the_error_on_other_text(
+    decoder, tiny_tokenizer, heldout_text, monkeypatch
+):
+    monkeypatch.setattr("lwquant.sequential.TOKENS_PER_RUN", 2048)
+    ids = tiny_tokenizer(heldout_text, add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(ids[: 110 * 64]).view(110, 64)
+    schemes = {spec.name: SCHEME for spec in decoder.linears}
+    errors = []
+    for correction in (None, partial(error_propagation, repair_residual=False), error_propagation):
+        streams = Streams.start(decoder, windows, n_calibration=90)
+        for _ in quantize_blocks(decoder, streams, schemes, rtn, correction):
+            pass
+        errors.append((streams.quantized[90:] - streams.floating[90:]).square().sum().item())
+    assert errors[2] < 0.95 * errors[1] < 0.95 * 0.95 * errors[0]
+
+
 def test_both_streams_end_as_the_outputs_of_the_two_models(decoder, model, tokens):
     schemes = {spec.name: SCHEME for spec in decoder.linears}
     schemes[decoder.linears[4].name] = QuantScheme(16)
-    for needs_drift, first in ((True, 0), (False, 4)):
+    for needs_drift, first in ((True, 0), (False, N)):
         results, seen, streams = walk(decoder, tokens, schemes, needs_drift=needs_drift)
         assert len(seen) == len(results) - 1 and all((s.drift is None) != needs_drift for s in seen)
         changed = deepcopy(model)
@@ -119,13 +189,13 @@ def test_both_streams_end_as_the_outputs_of_the_two_models(decoder, model, token
         torch.testing.assert_close(streams.quantized, run(changed, tokens), rtol=1e-4, atol=1e-4)
         floating = run(model, tokens)
         torch.testing.assert_close(streams.floating[first:], floating[first:], rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(streams.quantized[4:], floating[4:], atol=1e-2)
+        assert not torch.allclose(streams.quantized[N:], floating[N:], atol=1e-2)
 
 
 def test_a_linear_of_16_bits_keeps_its_weight_and_needs_no_statistics(decoder, model, tokens):
     schemes = {spec.name: QuantScheme(16) for spec in decoder.linears}
     results, seen, streams = walk(decoder, tokens, schemes)
     assert not seen
-    assert torch.equal(streams.quantized[4:], streams.floating[4:])  # held-out: same weights
+    assert torch.equal(streams.quantized[N:], streams.floating[N:])  # held-out: same weights
     for result in results:
         assert torch.equal(result.weight, model.get_submodule(result.spec.name).weight)
