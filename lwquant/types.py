@@ -159,6 +159,15 @@ class LayerStats:
     # linear's output is added to. None where model/residual.py does not list the linear, or drift
     # was not asked for.
     residual: Tensor | None = None
+    half: LayerStats | None = None  # the same sums over half of the tokens, for cross-validation
+
+    def rest(self) -> LayerStats:
+        """The same sums over the tokens that are not in `half`."""
+        assert self.half is not None
+        pairs = ((self.drift, self.half.drift), (self.residual, self.half.residual))
+        drift, residual = (None if a is None or b is None else a - b for a, b in pairs)
+        hessian = self.hessian - self.half.hessian
+        return LayerStats(hessian, drift, self.n_tokens - self.half.n_tokens, residual)
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lwquant.types import LayerStats
 
 
 class StatsAccumulator:
-    """Adds Σ x̂ x̂ᵀ and, where the others are given too, Σ (x − x̂) x̂ᵀ and Σ (r − r̂) x̂ᵀ."""
+    """Adds Σ x̂ x̂ᵀ and, where the others are given too, Σ (x − x̂) x̂ᵀ and Σ (r − r̂) x̂ᵀ.
+
+    With the others, the first half of the tokens of every call is also summed by itself.
+    """
 
     def __init__(self) -> None:
-        self._hessian: Tensor | None = None
-        self._drift: Tensor | None = None
-        self._residual: Tensor | None = None
-        self._n_tokens = 0
+        self._first, self._second = _Sums(), _Sums()
 
     def add(
         self,
@@ -25,23 +24,53 @@ class StatsAccumulator:
     ) -> None:
         """x̂, x: (..., in_features); r − r̂: (..., out_features); the same tokens in one order."""
         flat = inputs.reshape(-1, inputs.shape[-1]).float()
-        if self._hessian is None:
-            size = flat.shape[1]
-            self._hessian = torch.zeros(size, size, device=flat.device)
-        self._hessian.addmm_(flat.T, flat)
-        self._n_tokens += flat.shape[0]
-        if float_inputs is not None:
-            difference = float_inputs.reshape(flat.shape).float() - flat
-            if self._drift is None:
-                self._drift = torch.zeros_like(self._hessian)
-            self._drift.addmm_(difference.T, flat)
+        if float_inputs is None:
+            self._second.add(flat, None, None)
+            return
+        drift = float_inputs.reshape(flat.shape).float() - flat
+        owed = None
         if residual_drift is not None:
             owed = residual_drift.reshape(flat.shape[0], -1).float()
-            if self._residual is None:
-                self._residual = torch.zeros(owed.shape[1], flat.shape[1], device=flat.device)
-            self._residual.addmm_(owed.T, flat)
+        middle = (flat.shape[0] + 1) // 2
+        self._first.add(flat[:middle], drift[:middle], None if owed is None else owed[:middle])
+        self._second.add(flat[middle:], drift[middle:], None if owed is None else owed[middle:])
 
     def result(self) -> LayerStats:
-        if self._hessian is None:
-            raise ValueError("no input was recorded")
-        return LayerStats(self._hessian, self._drift, self._n_tokens, self._residual)
+        first, second = self._first.result(), self._second.result()
+        if first is None or second is None:
+            only = first or second
+            if only is None:
+                raise ValueError("no input was recorded")
+            return only
+        return LayerStats(
+            first.hessian + second.hessian,
+            _plus(first.drift, second.drift),
+            first.n_tokens + second.n_tokens,
+            _plus(first.residual, second.residual),
+            half=first,
+        )
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._n_tokens = 0
+
+    def add(self, inputs: Tensor, drift: Tensor | None, owed: Tensor | None) -> None:
+        self._n_tokens += inputs.shape[0]
+        for name, left in (("hessian", inputs), ("drift", drift), ("residual", owed)):
+            if left is None:
+                continue
+            if name not in self._sums:
+                self._sums[name] = inputs.new_zeros(left.shape[1], inputs.shape[1])
+            self._sums[name].addmm_(left.T, inputs)
+
+    def result(self) -> LayerStats | None:
+        if not self._n_tokens:
+            return None
+        sums = self._sums
+        return LayerStats(sums["hessian"], sums.get("drift"), self._n_tokens, sums.get("residual"))
+
+
+def _plus(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return None if left is None or right is None else left + right

@@ -3,9 +3,10 @@
 Arai, Ichikawa, "Quantization Error Propagation: Revisiting Layer-Wise Post-Training Quantization",
 arXiv:2504.09629.
 
-Ours goes further in one point: a linear whose output is added to the residual stream also takes on
-the error that the stream carries already, as far as its inputs can tell. That lowers the KL by
-about a tenth on SmolLM2-135M and on the tests' tiny Llama, at 2, 3 and 4 bits.
+Ours goes further in two points. A linear whose output is added to the residual stream also takes
+on the error that the stream carries already, as far as its inputs can tell. And the strength is
+found for each linear by cross-validation: with few tokens per input, a fixed one does harm (on the
+tests' tiny Llama 0.5 does below about 2 tokens per input, and the residual's part below about 6).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ def error_propagation(
     weight: Tensor,
     stats: LayerStats,
     *,
-    strength: float = 0.5,
+    strength: float | None = None,
     damping: float = 0.01,
     repair_residual: bool = True,
 ) -> Tensor:
-    """W + strength · (W · C + R) · (H + damping·mean(diag H)·I)⁻¹.
+    """W + strength · Δ with Δ = (W · C + R) · (H + damping·mean(diag H)·I)⁻¹.
 
     C = Σ (x − x̂) x̂ᵀ and, for linears that write into the residual stream r, R = Σ (r − r̂) x̂ᵀ.
     Strength 1 is the ridge solution of min ‖(r + W x) − (r̂ + W* x̂)‖², 0 the weight itself; values
@@ -34,21 +35,52 @@ def error_propagation(
     Args:
         weight: (out_features, in_features).
         stats: hessian and drift (in_features, in_features), and residual, of the weight's shape.
+        strength: None chooses it for each linear by two-fold cross-validation: the one at which Δ
+            from one half of the tokens fits the other half best. The authors use 0.5.
         repair_residual: False leaves R out, as in the paper.
 
     Raises ValueError when drift was not recorded or the damped Hessian is not positive definite.
     """
     if stats.drift is None:
         raise ValueError("error propagation needs the drift between the two streams")
+    if strength is None:
+        strength = cross_validated(weight, stats, damping, repair_residual)
+    return weight + strength * _step(weight, stats, damping, repair_residual)
+
+
+def cross_validated(
+    weight: Tensor, stats: LayerStats, damping: float, repair_residual: bool
+) -> float:
+    """The strength in [0, 1] that fits best where the step was computed from the other half."""
+    half = stats.half
+    if half is None:
+        raise ValueError("a cross-validated strength needs statistics of half of the tokens")
+    rest = stats.rest()
+    fitted = moved = 0.0
+    for known, tested in ((half, rest), (rest, half)):
+        step = _step(weight, known, damping, repair_residual)
+        fitted += (_owed(weight, tested, repair_residual) * step).sum().item()
+        hessian = tested.hessian.to(step.device, torch.float32)
+        moved += ((step @ hessian) * step).sum().item()
+    return min(max(fitted / moved, 0.0), 1.0) if moved > 0 else 0.0
+
+
+def _step(weight: Tensor, stats: LayerStats, damping: float, repair_residual: bool) -> Tensor:
     hessian = stats.hessian.to(weight.device, torch.float32)
     mean = hessian.diagonal().mean()
-    if strength == 0 or mean == 0:
-        return weight
+    if mean == 0:
+        return torch.zeros_like(weight)
     ridge = damping * mean * torch.eye(len(hessian), device=weight.device)
     lower, info = torch.linalg.cholesky_ex(hessian + ridge)
     if info != 0:
         raise ValueError(f"H + {damping}·mean(diag)·I is not positive definite; raise the damping")
+    return torch.cholesky_solve(_owed(weight, stats, repair_residual).T, lower).T
+
+
+def _owed(weight: Tensor, stats: LayerStats, repair_residual: bool) -> Tensor:
+    """W · C + R: what the output lacks, times the inputs."""
+    assert stats.drift is not None
     owed = weight.float() @ stats.drift.to(weight.device, torch.float32)
     if stats.residual is not None and repair_residual:
         owed = owed + stats.residual.to(weight.device, torch.float32)
-    return weight + strength * torch.cholesky_solve(owed.T, lower).T
+    return owed

@@ -19,8 +19,13 @@ def make_streams(seed=0, noise=0.3):
     return weight, floats, inputs
 
 
-def stats_of(floats, inputs):
+def sums_of(floats, inputs):
     return LayerStats(inputs.T @ inputs, (floats - inputs).T @ inputs, len(inputs))
+
+
+def stats_of(floats, inputs):
+    middle = len(inputs) // 2
+    return replace(sums_of(floats, inputs), half=sums_of(floats[:middle], inputs[:middle]))
 
 
 @every_correction
@@ -63,8 +68,42 @@ def test_a_linear_takes_on_what_the_residual_stream_owes_where_it_is_known():
     target = owed.double() + floats.double() @ weight.double().T
     wanted = torch.linalg.lstsq(inputs.double(), target).solution.T
     torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3)
-    published = error_propagation(weight, stats, repair_residual=False)
-    assert torch.equal(published, error_propagation(weight, stats_of(floats, inputs)))
+    without = error_propagation(weight, stats, strength=0.5, repair_residual=False)
+    plain = error_propagation(weight, stats_of(floats, inputs), strength=0.5)
+    assert torch.equal(without, plain)
+
+
+def test_the_strength_is_the_one_that_fits_best_where_the_step_was_not_computed():
+    weight, floats, inputs = make_streams(noise=1.0)
+    halves = ((slice(0, 100), slice(100, 200)), (slice(100, 200), slice(0, 100)))
+    wanted_outputs = floats.double() @ weight.double().T
+    errors = torch.zeros(1001).double()
+    for known, tested in halves:
+        fit = torch.linalg.lstsq(inputs[known].double(), wanted_outputs[known]).solution.T
+        for k in range(1001):
+            trial = weight.double() + k / 1000 * (fit - weight.double())
+            missed = wanted_outputs[tested] - inputs[tested].double() @ trial.T
+            errors[k] += missed.square().sum()
+    best = errors.argmin().item() / 1000
+    assert 0.1 < best < 0.9
+    stats = stats_of(floats, inputs)
+    got = error_propagation(weight, stats, damping=0.0)
+    wanted = error_propagation(weight, stats, strength=best, damping=0.0)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-3 * (wanted - weight).abs().max())
+
+
+def test_drift_that_the_inputs_do_not_tell_is_left_alone():
+    weight, _, inputs = make_streams()
+    floats = inputs + 3 * torch.randn(200, 20, generator=torch.Generator().manual_seed(5))
+    stats = stats_of(floats, inputs)
+    moved = (error_propagation(weight, stats) - weight).norm()
+    assert moved < 0.2 * (error_propagation(weight, stats, strength=1.0) - weight).norm()
+
+
+def test_a_strength_cannot_be_chosen_without_a_second_half():
+    weight, floats, inputs = make_streams()
+    with pytest.raises(ValueError, match="half of the tokens"):
+        error_propagation(weight, sums_of(floats, inputs))
 
 
 def test_the_error_falls_with_strength_and_half_strength_is_half_way():
@@ -80,4 +119,4 @@ def test_an_indefinite_hessian_is_refused_by_name():
     weight, floats, inputs = make_streams()
     broken = LayerStats(-torch.eye(20), stats_of(floats, inputs).drift, 200)
     with pytest.raises(ValueError, match="not positive definite"):
-        error_propagation(weight, broken)
+        error_propagation(weight, broken, strength=0.5)

@@ -100,6 +100,10 @@ def test_statistics_are_those_of_the_model_as_quantized_so_far(decoder, model, t
         assert (stats.hessian - hessian).abs().max() < 1e-5 * scale
         assert (stats.drift - drift).abs().max() < 1e-5 * scale
         assert stats.n_tokens == N * 40
+        # Half of each chunk's tokens: one window of the first two, half of the third.
+        first = torch.cat([inputs[:40], inputs[80:100]])
+        assert (stats.half.hessian - first.T @ first).abs().max() < 1e-5 * scale
+        assert stats.half.n_tokens == 60 and stats.rest().n_tokens == 60
         stream = residual_stream(result.spec.name)
         assert (stats.residual is None) == (stream is None)
         if stream is not None:
