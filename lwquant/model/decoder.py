@@ -170,6 +170,8 @@ class Decoder:
                 raise CheckpointError(f"{self.source.path}: tensor {name!r} is missing")
         for name, buffer in list(self.model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
+            if self.key_of(name) is not None:  # a factor per layer, for instance
+                buffer = self._read(name, buffer.shape).to(buffer.dtype)
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
     def _read(self, parameter: str, shape: torch.Size) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, random_model
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lwquant.errors import CheckpointError, UnsupportedModelError
 from lwquant.model.checkpoint import open_checkpoint
@@ -32,6 +33,28 @@ def test_blocks_one_by_one_give_the_logits_of_the_whole_model(folder):
     tokens = torch.randint(512, (3, 24))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     decoder = Decoder.open(open_checkpoint(folder))
+    got = decoder.head(decoder.last_hidden(tokens))
+    torch.testing.assert_close(got, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_stored_buffers_are_read_like_parameters(tmp_path, monkeypatch):
+    make, run = LlamaDecoderLayer.__init__, LlamaDecoderLayer.forward
+
+    def make_with_factor(self, *args):
+        make(self, *args)
+        self.register_buffer("factor", torch.ones(1))
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", make_with_factor)
+    monkeypatch.setattr(
+        LlamaDecoderLayer, "forward", lambda self, *a, **k: self.factor * run(self, *a, **k)
+    )
+    folder = random_model("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.model.layers[0].factor.fill_(0.25)
+    model.save_pretrained(folder)
+    decoder = Decoder.open(open_checkpoint(folder))
+    tokens = torch.randint(512, (2, 12))
     got = decoder.head(decoder.last_hidden(tokens))
     torch.testing.assert_close(got, model(tokens).logits, rtol=1e-4, atol=1e-4)
 
