@@ -39,13 +39,3 @@ def catching_inputs(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def inputs_of(modules: Mapping[int, nn.Module], run: Callable[[], Any]) -> dict[int, Tensor]:
-    """The first argument each module is called with inside `run()`, by the module's key.
-
-    The block is left as soon as all inputs are known.
-    """
-    with catching_inputs(modules, stop=True) as caught:
-        run()
-    return caught

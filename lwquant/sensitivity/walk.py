@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lwquant.capture.record import inputs_of
+from lwquant.capture.record import catching_inputs
 from lwquant.capture.stats import StatsAccumulator
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight
@@ -61,7 +60,8 @@ def block_stats(
     modules = {g: block.get_submodule(decoder.local_name(spec)) for g, spec in first.items()}
     sums = {group: StatsAccumulator() for group in modules}
     for rows in chunks(*hidden.shape[:2]):
-        caught = inputs_of(modules, partial(decoder.run, index, block, hidden[rows]))
+        with catching_inputs(modules, stop=True) as caught:
+            decoder.run(index, block, hidden[rows])
         for group, inputs in caught.items():
             sums[group].add(inputs)
     return {group: accumulator.result() for group, accumulator in sums.items()}
