@@ -84,7 +84,7 @@ def main() -> None:
         rows,
     )
     print(
-        f"linears only: {runs['mixed'].bpw:.3f} bits; the float32 embeddings take the rest.\n"
+        f"linears only: {runs['mixed'].bpw:.3f} bits; the embeddings, at 16 bits, take the rest.\n"
         "The source was 4-bit, so these losses are slightly flattered.\n"
         f"Why each linear got its bits: {WORK / 'bits.png'}, or `lwquant inspect {WORK}/mixed`\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from lwquant.progress import Progress, silent
 from lwquant.recipe import Recipe
 from lwquant.types import CalibrationSet
 
+ARRAYS = ("qweight", "scales", "zeros")  # of each quantized linear
+HEADER_BYTES = 110  # most that a safetensors header spends on one tensor, its name aside
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 
 
@@ -41,19 +44,23 @@ class OpenModel:
         return sum(spec.n_weights for spec in self.decoder.linears)
 
     @property
-    def linear_bytes(self) -> int:
-        """Bytes of those weights in the checkpoint."""
-        keys = [self.decoder.key_of(f"{spec.name}.weight") for spec in self.decoder.linears]
-        return sum(
-            self.source.dtype(k).itemsize * spec.n_weights
-            for k, spec in zip(keys, self.decoder.linears, strict=True)
-            if k
-        )
+    def original_bpw(self) -> float:
+        """Bits per weight of those linears in the checkpoint."""
+        return self.source.file_bytes(self._linear_keys()) * 8 / self.n_weights
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of everything that stays as it is: embeddings, head, norms, biases."""
-        return self.source.size_bytes - self.linear_bytes
+        """Bytes of all else in the output: embeddings, head, norms, biases, and file headers."""
+        linears = self._linear_keys()
+        total = sum(len(ARRAYS) * (HEADER_BYTES + len(key)) for key in linears)
+        for key in set(self.source.names()).difference(linears):
+            n_values = math.prod(self.source.shape(key))
+            total += n_values * self.source.carried_dtype(key).itemsize + HEADER_BYTES + len(key)
+        return total
+
+    def _linear_keys(self) -> list[str]:
+        keys = [self.decoder.key_of(f"{spec.name}.weight") for spec in self.decoder.linears]
+        return [key for key in keys if key]
 
 
 def open_model(model: str | Path, device: str = "cpu", revision: str | None = None) -> OpenModel:

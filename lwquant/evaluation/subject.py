@@ -56,7 +56,7 @@ class FloatModel:
         self.path = opened.path
         self.tokenizer = opened.tokenizer
         self.config = opened.decoder.model.config
-        self.bpw: float | None = opened.linear_bytes * 8 / opened.n_weights
+        self.bpw: float | None = opened.original_bpw
         self.size_bytes = opened.source.size_bytes
 
     def predictions(self, windows: Tensor, cache: Path | None, progress: Progress) -> Predictions:

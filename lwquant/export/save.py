@@ -98,11 +98,11 @@ class ModelWriter:
         self._missing.remove(spec.name)
 
     def finish(self, schemes: Mapping[str, QuantScheme], bpw: float, extra_files_from: Path) -> int:
-        """Write all that is left and return the bytes of all tensors.
+        """Write all that is left and return the bytes of the weight files.
 
-        The checkpoint's other tensors follow unchanged, then config.json, then the tokenizer's
-        files and generation_config.json of `extra_files_from`. Raises OutputError when a linear
-        is missing or was written in another scheme than `schemes` says.
+        The checkpoint's other tensors follow as it carries them, then config.json, then the
+        tokenizer's files and generation_config.json of `extra_files_from`. Raises OutputError
+        when a linear is missing or was written in another scheme than `schemes` says.
         """
         if self._missing:
             raise OutputError(
@@ -115,7 +115,8 @@ class ModelWriter:
         for key in self._checkpoint.names():
             name = self._names.get(key, key)
             if name not in self._weights:
-                self._shards.add(name, self._checkpoint.read(key))
+                tensor = self._checkpoint.read(key)
+                self._shards.add(name, tensor.to(self._checkpoint.carried_dtype(key)))
         size = self._shards.finish()
         self._write_config(schemes, bpw)
         copy_extra_files(extra_files_from, self._folder)

@@ -82,7 +82,7 @@ class ShardWriter:
         self._shard_of[name] = self._n_shards
 
     def finish(self) -> int:
-        """Close and name the shards, write the index; returns the bytes of all tensors."""
+        """Close and name the shards, write the index; returns the bytes of the files."""
         if self._finished:
             raise OutputError(f"the shards in {self._folder} are already finished")
         if not self._shard_of:
@@ -96,7 +96,7 @@ class ShardWriter:
                 self._unfinished_path(shard).rename(self._folder / name)
             if self._n_shards > 1:
                 self._write_index(final)
-        return self._total_bytes
+        return sum((self._folder / name).stat().st_size for name in final)
 
     def _close_shard(self) -> None:
         # Largest items first: every tensor then starts at a multiple of its item size.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -44,6 +44,14 @@ class WeightSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> torch.dtype: ...
     def read(self, name: str) -> Tensor: ...
+    def carried_dtype(self, name: str) -> torch.dtype:
+        """What a tensor that is not quantized is stored as in the output."""
+        ...
+
+    def file_bytes(self, linears: Sequence[str]) -> int:
+        """Bytes that the weights of all the linears take in the file, as it packs them."""
+        ...
+
     def check_finite(self) -> None: ...
     def fingerprint(self) -> str: ...
 
@@ -173,6 +181,12 @@ class Checkpoint:
             )
         refuse_non_finite(tensor, name, str(path))
         return tensor
+
+    def carried_dtype(self, name: str) -> torch.dtype:
+        return self.dtype(name)
+
+    def file_bytes(self, linears: Sequence[str]) -> int:
+        return sum(entry.stop - entry.start for entry in map(self._entry, linears))
 
     def check_finite(self) -> None:
         """Read every tensor once, so that NaN and Inf are refused before expensive work."""

@@ -1,6 +1,7 @@
 """GGUF input: transformers unpacks the file into a float32 model, which serves as a checkpoint.
 
 This is the one source that holds the whole model in memory; safetensors are read tensor by tensor.
+What is not quantized (embeddings, head) was packed in the file, so 16 bits carry it to the output.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,22 @@ class GgufCheckpoint:
     path: Path
     config: dict[str, object]
     size_bytes: int
+    matrix_bytes: int  # of the matrices inside blocks, as the file packs them
+    carried_as: torch.dtype  # of the matrices outside blocks
     _tensors: Mapping[str, Tensor]
 
     @classmethod
     def open(cls, path: Path) -> GgufCheckpoint:
         """Unpack the file; CheckpointError where it is missing, cut short or of an unknown kind."""
         _require_extras(path)
-        _check_whole(path)
+        matrix_bytes, carried_as = _packing(_check_whole(path))
         model = _load(path)
         tensors = dict(_untied(model.state_dict()))
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
                 raise CheckpointError(f"{path}: tensor {name!r} came out as {tensor.dtype}")
-        return cls(path, _clean_config(model), path.stat().st_size, tensors)
+        size = path.stat().st_size
+        return cls(path, _clean_config(model), size, matrix_bytes, carried_as, tensors)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
@@ -61,6 +65,15 @@ class GgufCheckpoint:
         tensor = self._tensor(name)
         refuse_non_finite(tensor, name, str(self.path))
         return tensor.clone()
+
+    def carried_dtype(self, name: str) -> torch.dtype:
+        """The file's own float, or float16 for packed matrices unless a value overflows it."""
+        tensor = self._tensor(name)
+        overflows = tensor.abs().max() > torch.finfo(self.carried_as).max
+        return tensor.dtype if tensor.ndim < 2 or overflows else self.carried_as
+
+    def file_bytes(self, linears: Sequence[str]) -> int:
+        return self.matrix_bytes
 
     def check_finite(self) -> None:
         for name, tensor in self._tensors.items():
@@ -91,8 +104,8 @@ def _require_extras(path: Path) -> None:
         )
 
 
-def _check_whole(path: Path) -> None:
-    """Every tensor that the file announces lies inside it."""
+def _check_whole(path: Path) -> Any:
+    """The file's reader; every tensor that the file announces lies inside it."""
     from gguf import GGUFReader
 
     try:
@@ -104,11 +117,21 @@ def _check_whole(path: Path) -> None:
         raise CheckpointError(f"{path}: is not GGUF: it starts with {magic!r} instead of {MAGIC!r}")
     try:
         # The reader maps the whole file and slices it; what lies past the end fails in many ways.
-        GGUFReader(path)
+        return GGUFReader(path)
     except Exception as error:
         raise CheckpointError(
             f"{path}: truncated or damaged GGUF ({path.stat().st_size} bytes): {error}"
         ) from error
+
+
+def _packing(reader: Any) -> tuple[int, torch.dtype]:
+    """Bytes of the matrices inside blocks, and the float type for the matrices outside."""
+    matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1]
+    inside = [tensor for tensor in matrices if tensor.name.startswith("blk.")]
+    outside = {tensor.tensor_type.name for tensor in matrices if tensor not in inside}
+    floats = {"F32": torch.float32, "BF16": torch.bfloat16}
+    widest = next((dtype for name, dtype in floats.items() if name in outside), torch.float16)
+    return sum(int(tensor.n_bytes) for tensor in inside), widest
 
 
 def _load(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -10,10 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from lwquant.errors import CheckpointError
+from lwquant.export.save import ModelWriter
 from lwquant.model.checkpoint import open_checkpoint, resolve
+from lwquant.model.decoder import Decoder
 from lwquant.model.gguf import GgufCheckpoint
+from lwquant.prepare import OpenModel
+from lwquant.quantizers import rtn
+from lwquant.types import QuantScheme, plan_bpw
 
 HIDDEN, INNER, VOCAB = 64, 96, 32
 LINEARS = {
@@ -31,7 +38,9 @@ needs_gguf = pytest.mark.skipif(
 )
 
 
-def write_tiny(path: Path, *, tied: bool = True, packed: bool = False) -> dict[str, np.ndarray]:
+def write_tiny(
+    path: Path, *, tied: bool = True, packed: bool = False, embedding: str = "F32", scale: float = 1
+) -> dict[str, np.ndarray]:
     """One llama block of two heads; returns the linears' weights under their GGUF names."""
     import gguf
 
@@ -60,8 +69,11 @@ def write_tiny(path: Path, *, tied: bool = True, packed: bool = False) -> dict[s
             writer.add_tensor(stored, weight)
     for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(HIDDEN, np.float32))
-    linears["token_embd"] = rng.normal(size=(VOCAB, HIDDEN)).astype(np.float32)
-    writer.add_tensor("token_embd.weight", linears["token_embd"])
+    linears["token_embd"] = (rng.normal(size=(VOCAB, HIDDEN)) * scale).astype(np.float32)
+    kind = gguf.GGMLQuantizationType[embedding]
+    writer.add_tensor(
+        "token_embd.weight", gguf.quants.quantize(linears["token_embd"], kind), raw_dtype=kind
+    )
     if not tied:
         linears["output"] = rng.normal(size=(VOCAB, HIDDEN)).astype(np.float32)
         writer.add_tensor("output.weight", linears["output"])
@@ -90,6 +102,56 @@ def test_a_gguf_is_read_under_the_names_of_transformers(packed, tmp_path):
             step = np.abs(linears[name]).max() / 127 if packed else 0
             assert np.abs(got.numpy() - linears[name]).max() <= step
     checkpoint.check_finite()
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("embedding", "scale", "carried"),
+    [
+        ("F32", 1, torch.float32),
+        ("BF16", 1, torch.bfloat16),
+        ("F16", 1, torch.float16),
+        ("Q8_0", 1, torch.float16),
+        ("Q8_0", 1e5, torch.float32),  # float16 would overflow
+    ],
+)
+def test_what_stays_is_carried_in_the_floats_of_the_file(embedding, scale, carried, tmp_path):
+    write_tiny(tmp_path / "tiny.gguf", embedding=embedding, scale=scale)
+    checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
+    assert checkpoint.carried_dtype("model.embed_tokens.weight") == carried
+    assert checkpoint.carried_dtype("model.norm.weight") == torch.float32
+
+
+@needs_gguf
+@pytest.mark.parametrize(("packed", "bits"), [(False, 32), (True, 8.5)])
+def test_the_original_bits_are_those_of_the_file(packed, bits, tmp_path):
+    write_tiny(tmp_path / "tiny.gguf", packed=packed)
+    n_weights = sum(math.prod(shape) for _, shape in LINEARS.values())
+    assert open_checkpoint(tmp_path / "tiny.gguf").file_bytes(()) * 8 / n_weights == bits
+
+
+@needs_gguf
+def test_a_quantized_gguf_is_no_larger_than_its_size_budget_and_the_file(tmp_path):
+    write_tiny(tmp_path / "tiny.gguf", packed=True, embedding="Q8_0")
+    opened = OpenModel("tiny", tmp_path, *_decoded(tmp_path / "tiny.gguf"), tokenizer=None)
+    schemes = {spec.name: QuantScheme(4, 32) for spec in opened.decoder.linears}
+    bpw = plan_bpw(schemes, opened.decoder.linears)
+    decoder = opened.decoder
+    writer = ModelWriter(tmp_path, opened.source, decoder.linears, decoder.model, decoder.key_of)
+    for spec in decoder.linears:
+        weight = opened.source.read(decoder.key_of(f"{spec.name}.weight"))
+        writer.linear(spec, rtn(weight, None, schemes[spec.name]))
+    size = writer.finish(schemes, bpw, tmp_path)
+    predicted = opened.other_bytes + bpw * opened.n_weights / 8
+    assert size <= predicted < size + 2500  # the bound of the headers is not tight
+    assert opened.original_bpw == 8.5
+    stored = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(stored, opened.source.read("model.embed_tokens.weight").half())
+
+
+def _decoded(path: Path) -> tuple[GgufCheckpoint, Decoder]:
+    source = GgufCheckpoint.open(path)
+    return source, Decoder.open(source)
 
 
 @needs_gguf
@@ -132,7 +194,7 @@ def test_the_fingerprint_follows_the_values(tmp_path):
 
 def test_nan_is_refused_with_the_tensor_and_the_count(tmp_path):
     tensors = {"w": torch.tensor([1.0, torch.nan, torch.inf])}
-    checkpoint = GgufCheckpoint(tmp_path / "tiny.gguf", {}, 0, tensors)
+    checkpoint = GgufCheckpoint(tmp_path / "tiny.gguf", {}, 0, 0, torch.float16, tensors)
     for attempt in (checkpoint.check_finite, lambda: checkpoint.read("w")):
         with pytest.raises(
             CheckpointError, match=r"tiny.gguf: tensor 'w' holds 2 NaN or Inf among 3"
