@@ -67,6 +67,9 @@ def quantize(
     tie_fused: Annotated[
         bool, typer.Option(help="Same width for q/k/v and for gate/up, as vLLM needs.")
     ] = False,
+    remeasure: Annotated[
+        int | None, typer.Option(help="Rounds of measuring costs again around the plan.")
+    ] = None,
     device: Device = "cpu",
     seed: Seed = None,
     overwrite: Overwrite = False,
@@ -93,6 +96,7 @@ def quantize(
         group_size=group_size,
         seed=seed,
         tie_fused=tie_fused or None,
+        remeasure=remeasure,
     )
     if as_json:
         _print_json(

@@ -33,6 +33,7 @@ from lwquant.methods import describe
 from lwquant.prepare import OpenModel, bpw_of_size, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import Recipe, Rounding, allocator_of, metric_of, rounding_of
+from lwquant.remeasure import remeasured_plan
 from lwquant.search import smallest_plan
 from lwquant.sensitivity.report import read_report, write_report
 from lwquant.sequential import QuantizedLinearResult
@@ -99,6 +100,8 @@ def quantize(
     rounding = rounding_of(chosen.quantizer, chosen.correction)
     metric_of(chosen.metric), allocator_of(chosen.allocator)  # unknown names fail here, not later
     budget = _one_budget(bpw, size, max_kl, plan)
+    if plan is not None or max_kl is not None:
+        chosen.refuse_remeasure("needs a budget in bpw or size, not a plan or max_kl")
     check_output(output, overwrite)
     with fast_float32():
         opened = open_model(model, device, revision)
@@ -113,7 +116,11 @@ def quantize(
             if known is None:
                 known = measure(opened, windows, chosen, progress)
             plan_at = partial(plan_report, known, recipe=chosen)
-            if target is not None:
+            if target is not None and chosen.remeasure:
+                known, given = remeasured_plan(
+                    opened, known, target, chosen, windows, held_out, progress
+                )
+            elif target is not None:
                 given = plan_at(target)
             else:
                 assert max_kl is not None
@@ -180,7 +187,7 @@ def _quantize_and_save(
             correction=describe(rounding.correction),
             budget=budget,
             bpw=plan.bpw,
-            original_bpw=opened.linear_bytes * 8 / opened.n_weights,
+            original_bpw=opened.original_bpw,
             size_bytes=size_bytes,
             original_size_bytes=opened.source.size_bytes,
             linears={

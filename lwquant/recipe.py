@@ -41,11 +41,13 @@ class Recipe:
     group_size: int = 64
     symmetric: bool = False
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
+    remeasure: int = 0  # rounds of measuring costs again around the plan; see remeasure.py
     pins: Mapping[str, int] = field(default_factory=dict)  # linear name -> bits
     allow_worse: bool = False  # keep a mixed plan that is predicted to lose against uniform
 
     def __post_init__(self) -> None:
-        for name, least in (("n_samples", 1), ("seq_len", 8), ("held_out", 1)):
+        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "remeasure": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise LwquantError(f"{name}={getattr(self, name)} must be at least {least}")
         if not 1 <= self.sensitivity_samples:
@@ -69,6 +71,11 @@ class Recipe:
     def changed(self, **settings: Any) -> Recipe:
         """A copy with those settings that are not None."""
         return replace(self, **{k: v for k, v in settings.items() if v is not None})
+
+    def refuse_remeasure(self, why: str) -> None:
+        """LwquantError where the recipe asks for what only quantize() to a size can do."""
+        if self.remeasure:
+            raise LwquantError(f"remeasure={self.remeasure} {why}")
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -113,7 +120,8 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
         recipe = Recipe(**settings)
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
-    for name in ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size"):
+    counts = ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size")
+    for name in (*counts, "remeasure"):
         if not isinstance(getattr(recipe, name), int):
             raise LwquantError(f"recipe {where}: {name} must be a whole number")
     return recipe

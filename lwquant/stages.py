@@ -53,6 +53,7 @@ def plan(
     """The allocator's plan for a report; BudgetError outside floor and ceiling."""
     known = report if isinstance(report, SensitivityReport) else read_report(Path(report))
     chosen, _ = merged(recipe, None, settings)
+    chosen.refuse_remeasure("needs the model: quantize() does it, a plan from a report cannot")
     return plan_report(known, bpw, recipe=chosen)
 
 
@@ -71,16 +72,20 @@ def measure(
     opened: OpenModel, windows: CalibrationSet, recipe: Recipe, progress: Progress
 ) -> SensitivityReport:
     """Run the recipe's metric on the first `sensitivity_samples` calibration windows."""
-    few = from_tokens(windows.tokens[: recipe.sensitivity_samples], windows.source, windows.seed)
     return measure_sensitivity(
         opened.decoder,
-        few,
+        few_windows(windows, recipe),
         recipe.schemes(),
         metric_of(recipe.metric),
         rounding_of(recipe.quantizer, "none").quantizer,
         model=opened.name,
         progress=progress,
     )
+
+
+def few_windows(windows: CalibrationSet, recipe: Recipe) -> CalibrationSet:
+    """The first `sensitivity_samples` calibration windows."""
+    return from_tokens(windows.tokens[: recipe.sensitivity_samples], windows.source, windows.seed)
 
 
 def plan_report(report: SensitivityReport, bpw: float, *, recipe: Recipe) -> BitPlan:
