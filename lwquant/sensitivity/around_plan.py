@@ -59,28 +59,18 @@ def around_plan(
         progress("remeasure", f"backward, block {index}", done, 2 * decoder.n_blocks)
         with decoder.loaded(index) as block:
             stats = block_stats(decoder, index, block, inputs[index])
-            changes = {}
-            for spec in decoder.block_linears(index):
-                own = stats[spec.input_group]
-                menu = (*schemes, plan[spec.name])
-                changes[spec] = weight_changes(_module(decoder, block, spec), own, menu, quantizer)
-            _apply(decoder, block, {spec: change[-1] for spec, change in changes.items()})
+            modules = _modules(decoder, index, block)
+            weights = {spec: get_weight(module).clone() for spec, module in modules.items()}
+            current = _quantize(modules, stats, plan, quantizer)
             squares = squared_gradients(decoder, index, block, inputs[index], sampled)
             slopes = _weight_gradients(decoder, index, block, inputs[index], pulled)
-        costs.append(
-            torch.stack(
-                [
-                    shares(
-                        change[:-1],
-                        change[-1],
-                        slopes[spec] / tokens.numel(),
-                        stats[spec.input_group],
-                        squares[spec],
-                    )
-                    for spec, change in changes.items()
-                ]
-            )
-        )
+            rows = []
+            for spec, module in modules.items():
+                own, slope = stats[spec.input_group], slopes[spec] / tokens.numel()
+                set_weight(module, weights[spec])
+                changes = weight_changes(module, own, schemes, quantizer)
+                rows.append(shares(changes, current[spec], slope, own, squares[spec]))
+        costs.append(torch.stack(rows))
         inputs.pop()
     progress("remeasure", "done", 2 * decoder.n_blocks, 2 * decoder.n_blocks)
     return Measurement(torch.cat(costs[::-1]).clamp(min=0))
@@ -121,11 +111,7 @@ def _quantized_inputs(
         inputs.append(hidden)
         with decoder.loaded(index) as block:
             stats = block_stats(decoder, index, block, hidden)
-            changes = {}
-            for spec in decoder.block_linears(index):
-                module, own = _module(decoder, block, spec), stats[spec.input_group]
-                changes[spec] = weight_changes(module, own, [plan[spec.name]], quantizer)[0]
-            _apply(decoder, block, changes)
+            _quantize(_modules(decoder, index, block), stats, plan, quantizer)
             output = torch.empty_like(hidden)
             for rows in chunks(*hidden.shape[:2]):
                 output[rows] = decoder.run(index, block, hidden[rows])
@@ -151,11 +137,23 @@ def _weight_gradients(
     return sums
 
 
-def _apply(decoder: Decoder, block: nn.Module, changes: Mapping[LinearSpec, Tensor]) -> None:
-    for spec, change in changes.items():
-        module = _module(decoder, block, spec)
-        set_weight(module, get_weight(module) + change)
+def _quantize(
+    modules: Mapping[LinearSpec, nn.Module],
+    stats: Mapping[int, LayerStats],
+    plan: Mapping[str, QuantScheme],
+    quantizer: Quantizer,
+) -> dict[LinearSpec, Tensor]:
+    """Round the linears of a block as the plan says; returns by how much each changed."""
+    changes = {}
+    for spec, module in modules.items():
+        own = stats[spec.input_group]
+        changes[spec] = weight_changes(module, own, [plan[spec.name]], quantizer)[0]
+    for spec, module in modules.items():
+        set_weight(module, get_weight(module) + changes[spec])
+    return changes
 
 
-def _module(decoder: Decoder, block: nn.Module, spec: LinearSpec) -> nn.Module:
-    return block.get_submodule(decoder.local_name(spec))
+def _modules(decoder: Decoder, index: int, block: nn.Module) -> dict[LinearSpec, nn.Module]:
+    return {
+        spec: block.get_submodule(decoder.local_name(spec)) for spec in decoder.block_linears(index)
+    }
