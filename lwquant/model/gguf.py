@@ -128,7 +128,7 @@ def _packing(reader: Any) -> tuple[int, torch.dtype]:
     """Bytes of the matrices inside blocks, and the float type for the matrices outside."""
     matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1]
     inside = [tensor for tensor in matrices if tensor.name.startswith("blk.")]
-    outside = {tensor.tensor_type.name for tensor in matrices if tensor not in inside}
+    outside = {t.tensor_type.name for t in matrices if not t.name.startswith("blk.")}
     floats = {"F32": torch.float32, "BF16": torch.bfloat16}
     widest = next((dtype for name, dtype in floats.items() if name in outside), torch.float16)
     return sum(int(tensor.n_bytes) for tensor in inside), widest
