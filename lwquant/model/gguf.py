@@ -69,8 +69,9 @@ class GgufCheckpoint:
     def carried_dtype(self, name: str) -> torch.dtype:
         """The file's own float, or float16 for packed matrices unless a value overflows it."""
         tensor = self._tensor(name)
-        overflows = tensor.abs().max() > torch.finfo(self.carried_as).max
-        return tensor.dtype if tensor.ndim < 2 or overflows else self.carried_as
+        if tensor.ndim < 2 or tensor.abs().max() > torch.finfo(self.carried_as).max:
+            return tensor.dtype
+        return self.carried_as
 
     def file_bytes(self, linears: Sequence[str]) -> int:
         return self.matrix_bytes

@@ -22,11 +22,16 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
-from lwquant.sensitivity.backward import backward_block, kl_gradient, sampled_gradient
-from lwquant.sensitivity.fisher import second_order, squared_gradients
+from lwquant.sensitivity.backward import (
+    backward_block,
+    kl_gradient,
+    sampled_gradient,
+    squared_outputs,
+    weight_gradient,
+)
+from lwquant.sensitivity.fisher import second_order
 from lwquant.sensitivity.measurement import Measurement
-from lwquant.sensitivity.walk import block_stats, weight_changes
-from lwquant.sequential import chunks
+from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
 from lwquant.types import LayerStats, LinearSpec, QuantScheme
 
 
@@ -50,7 +55,13 @@ def around_plan(
         plan: the scheme of every linear.
     """
     reference = decoder.last_hidden(tokens)
-    inputs, last = _quantized_inputs(decoder, tokens, plan, quantizer, progress)
+
+    def quantize(index: int, block: nn.Module, hidden: Tensor) -> None:
+        progress("remeasure", f"forward, block {index}", index, 2 * decoder.n_blocks)
+        stats = block_stats(decoder, index, block, hidden)
+        _quantize(_modules(decoder, index, block), stats, plan, quantizer)
+
+    inputs, last = block_inputs(decoder, tokens, quantize)
     sampled = sampled_gradient(decoder, last, tokens, seed)
     pulled = kl_gradient(decoder, last, reference)
     costs: list[Tensor] = []
@@ -62,8 +73,9 @@ def around_plan(
             modules = _modules(decoder, index, block)
             weights = {spec: get_weight(module).clone() for spec, module in modules.items()}
             current = _quantize(modules, stats, plan, quantizer)
-            squares = squared_gradients(decoder, index, block, inputs[index], sampled)
-            slopes = _weight_gradients(decoder, index, block, inputs[index], pulled)
+            entry = inputs[index]
+            squares = backward_block(decoder, index, block, entry, sampled, squared_outputs)
+            slopes = backward_block(decoder, index, block, entry, pulled, weight_gradient)
             rows = []
             for spec, module in modules.items():
                 own, slope = stats[spec.input_group], slopes[spec] / tokens.numel()
@@ -93,48 +105,6 @@ def shares(
     alone = (slope * steps).sum((1, 2)).double().cpu() + second_order(steps, stats, squares)
     share = (alone + second_order(candidates, stats, squares)) / 2
     return torch.where(changes.flatten(1).any(1).cpu(), share[:-1] - share[-1], 0.0)
-
-
-@torch.no_grad()
-def _quantized_inputs(
-    decoder: Decoder,
-    tokens: Tensor,
-    plan: Mapping[str, QuantScheme],
-    quantizer: Quantizer,
-    progress: Progress,
-) -> tuple[list[Tensor], Tensor]:
-    """The input of every block of the quantized model, and the output of the last."""
-    hidden = torch.cat([decoder.embed(row[None]) for row in tokens])
-    inputs = []
-    for index in range(decoder.n_blocks):
-        progress("remeasure", f"forward, block {index}", index, 2 * decoder.n_blocks)
-        inputs.append(hidden)
-        with decoder.loaded(index) as block:
-            stats = block_stats(decoder, index, block, hidden)
-            _quantize(_modules(decoder, index, block), stats, plan, quantizer)
-            output = torch.empty_like(hidden)
-            for rows in chunks(*hidden.shape[:2]):
-                output[rows] = decoder.run(index, block, hidden[rows])
-        hidden = output
-    return inputs, hidden
-
-
-def _weight_gradients(
-    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor
-) -> dict[LinearSpec, Tensor]:
-    """Σ over tokens of g xᵀ, (out_features, in_features) per linear of the block.
-
-    `gradient` is of the block's output, and becomes that of its input: see backward_block().
-    """
-    sums: dict[LinearSpec, Tensor] = {}
-
-    def keep(spec: LinearSpec, inputs: Tensor, gradients: Tensor) -> None:
-        if spec not in sums:
-            sums[spec] = gradients.new_zeros(spec.out_features, spec.in_features)
-        sums[spec].addmm_(gradients.T, inputs)
-
-    backward_block(decoder, index, block, hidden, gradient, keep)
-    return sums
 
 
 def _quantize(

@@ -11,26 +11,37 @@ from torch import Tensor, nn
 from lwquant.model.decoder import Decoder
 from lwquant.types import LinearSpec
 
-# Called with a linear, its inputs (n_tokens, in_features) and output gradients
-# (n_tokens, out_features), one window at a time.
-Keep = Callable[[LinearSpec, Tensor, Tensor], None]
+# Of a linear's inputs (n_tokens, in_features) and output gradients (n_tokens, out_features).
+Term = Callable[[Tensor, Tensor], Tensor]
+
+
+def squared_outputs(inputs: Tensor, gradients: Tensor) -> Tensor:
+    """Σ over tokens of squared output gradients, (out_features,)."""
+    return gradients.square().sum(0)
+
+
+def weight_gradient(inputs: Tensor, gradients: Tensor) -> Tensor:
+    """Σ over tokens of g xᵀ, (out_features, in_features)."""
+    return gradients.T @ inputs
 
 
 def backward_block(
-    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor, keep: Keep
-) -> None:
-    """Show `keep` what every linear of a loaded block reads and what its output changes.
+    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor, term: Term
+) -> dict[LinearSpec, Tensor]:
+    """The term of every linear of a loaded block, summed over the windows.
 
     `hidden` and `gradient` are (n_samples, seq_len, hidden); `gradient` is of the block's output,
     and becomes that of its input.
     """
+    sums: dict[LinearSpec, Tensor] = {}
 
     def watch(spec: LinearSpec) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             inputs = args[0].detach().reshape(-1, spec.in_features)
 
             def caught(gradient: Tensor) -> None:  # returns nothing: the gradient itself stays
-                keep(spec, inputs, gradient.reshape(-1, spec.out_features))
+                own = term(inputs, gradient.reshape(-1, spec.out_features))
+                sums[spec] = sums[spec] + own if spec in sums else own
 
             if output.requires_grad:  # the decoder may run the block once more to learn its calls
                 output.register_hook(caught)
@@ -50,6 +61,7 @@ def backward_block(
     finally:
         for handle in handles:
             handle.remove()
+    return sums
 
 
 def sampled_gradient(decoder: Decoder, last: Tensor, tokens: Tensor, seed: int) -> Tensor:

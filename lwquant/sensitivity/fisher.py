@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
-from lwquant.sensitivity.backward import backward_block, sampled_gradient
+from lwquant.sensitivity.backward import backward_block, sampled_gradient, squared_outputs
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
-from lwquant.types import LayerStats, LinearSpec, QuantScheme
+from lwquant.types import LayerStats, QuantScheme
 
 
 def fisher(
@@ -47,7 +47,9 @@ def fisher(
     for index in reversed(range(decoder.n_blocks)):
         progress("sensitivity", f"block {index}", final - index, decoder.n_blocks)
         with decoder.loaded(index) as block:
-            squares = squared_gradients(decoder, index, block, inputs[index], gradient)
+            squares = backward_block(
+                decoder, index, block, inputs[index], gradient, squared_outputs
+            )
             stats = block_stats(decoder, index, block, inputs[index])
             rows = []
             for spec in decoder.block_linears(index):
@@ -59,24 +61,6 @@ def fisher(
         inputs.pop()
     progress("sensitivity", "done", decoder.n_blocks, decoder.n_blocks)
     return Measurement(torch.cat(costs[::-1]))
-
-
-def squared_gradients(
-    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor
-) -> dict[LinearSpec, Tensor]:
-    """Σ over tokens of squared output gradients, (out_features,) per linear of the block.
-
-    `gradient` is of the block's output, and becomes that of its input: see backward_block().
-    """
-    squares: dict[LinearSpec, Tensor] = {}
-
-    def keep(spec: LinearSpec, inputs: Tensor, gradients: Tensor) -> None:
-        if spec not in squares:
-            squares[spec] = torch.zeros(spec.out_features, device=gradients.device)
-        squares[spec] += gradients.square().sum(0)
-
-    backward_block(decoder, index, block, hidden, gradient, keep)
-    return squares
 
 
 def second_order(changes: Tensor, stats: LayerStats, squares: Tensor) -> Tensor:

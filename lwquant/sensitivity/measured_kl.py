@@ -20,7 +20,7 @@ from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
-from lwquant.sequential import chunks
+from lwquant.sequential import advance
 from lwquant.types import QuantScheme
 
 HEAD_TOKENS = 256  # positions whose logits are held at once
@@ -119,9 +119,8 @@ def _output_with(
     hidden: Tensor,
 ) -> Tensor:
     set_weight(module, weight)
-    output = torch.empty_like(hidden)
-    for rows in chunks(*hidden.shape[:2]):
-        output[rows] = decoder.run(index, block, hidden[rows])
+    output = hidden.clone()
+    advance(decoder, index, block, output)
     return output
 
 
@@ -132,8 +131,7 @@ def _advance(decoder: Decoder, blocks: range, hidden: list[Tensor]) -> list[Tens
     for index in blocks:
         with decoder.loaded(index) as block:
             for version in current:
-                for rows in chunks(*version.shape[:2]):
-                    version[rows] = decoder.run(index, block, version[rows])
+                advance(decoder, index, block, version)
     return current
 
 

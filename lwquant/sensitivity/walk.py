@@ -1,8 +1,8 @@
-"""The float model block by block, with the input statistics of every linear."""
+"""The model block by block, with the input statistics of every linear."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,15 @@ from lwquant.capture.stats import StatsAccumulator
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight
 from lwquant.quantizers import Quantizer
-from lwquant.sequential import chunks
+from lwquant.sequential import advance, chunks
 from lwquant.types import LayerStats, LinearSpec, QuantScheme
+
+Before = Callable[[int, nn.Module, Tensor], None]
 
 
 @dataclass(frozen=True)
 class BlockVisit:
-    """One loaded block of the float model on its way through the calibration tokens."""
+    """One loaded block on its way through the calibration tokens."""
 
     index: int
     block: nn.Module
@@ -29,23 +31,32 @@ class BlockVisit:
 
 
 @torch.no_grad()
-def walk_blocks(decoder: Decoder, tokens: Tensor) -> Iterator[BlockVisit]:
-    """Visit the blocks in forward order; a block stays loaded until the next one is asked for."""
+def walk_blocks(
+    decoder: Decoder, tokens: Tensor, before: Before | None = None
+) -> Iterator[BlockVisit]:
+    """Visit the blocks in forward order; a block stays loaded until the next one is asked for.
+
+    `before` sees every loaded block with its index and its inputs, and may change its weights
+    before it runs.
+    """
     hidden = torch.cat([decoder.embed(row[None]) for row in tokens])
     for index in range(decoder.n_blocks):
         with decoder.loaded(index) as block:
-            output = torch.empty_like(hidden)
-            for rows in chunks(*hidden.shape[:2]):
-                output[rows] = decoder.run(index, block, hidden[rows])
+            if before is not None:
+                before(index, block, hidden)
+            output = hidden.clone()
+            advance(decoder, index, block, output)
             yield BlockVisit(index, block, decoder.block_linears(index), hidden, output)
         hidden = output
 
 
-def block_inputs(decoder: Decoder, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+def block_inputs(
+    decoder: Decoder, tokens: Tensor, before: Before | None = None
+) -> tuple[list[Tensor], Tensor]:
     """The input of every block, and the output of the last, (n_samples, seq_len, hidden) each."""
     inputs = []
     outputs = torch.empty(0)
-    for visit in walk_blocks(decoder, tokens):
+    for visit in walk_blocks(decoder, tokens, before):
         inputs.append(visit.inputs)
         outputs = visit.outputs
     return inputs, outputs
