@@ -103,6 +103,35 @@ void bind_unpack(Address words, int64_t rows, int64_t n_words, int64_t bits, int
   }
 }
 
+void bind_round_block(Address targets, int64_t n_columns, int64_t n_rows, Address feedback,
+                      int64_t stride, Address base, Address scales, Address zeros, double max_code,
+                      int64_t n_threads, Address errors) {
+  require(n_columns >= 1 && n_columns <= kMaxBlockColumns && n_rows >= 1 && n_threads >= 1,
+          "a block is 1.." + std::to_string(kMaxBlockColumns) + " columns of at least one row");
+  require(stride >= n_columns, "rows of feedback overlap");
+  require(targets && feedback && scales && zeros && errors, "an address is missing");
+  round_block({pointer<float>(targets), pointer<const float>(feedback), stride,
+               pointer<const float>(base), pointer<const float>(scales),
+               pointer<const float>(zeros), pointer<float>(errors), static_cast<float>(max_code),
+               n_columns, n_rows},
+              static_cast<int>(n_threads));
+}
+
+void bind_fit_groups(Address weights, int64_t n, int64_t size, Address importance,
+                     int64_t n_groups, Address shrinks, int64_t n_shrinks, int64_t bits,
+                     bool symmetric, int64_t n_threads, Address scales, Address zeros) {
+  require_bits(bits);
+  require(n >= 0 && size >= 1 && n_groups >= 1 && n_shrinks >= 1 && n_threads >= 1,
+          "no weights, groups, ranges or threads");
+  require(n % n_groups == 0, "rows of groups are incomplete");
+  if (n == 0) return;
+  require(weights && importance && shrinks && scales && zeros, "an address is missing");
+  fit_groups({pointer<const float>(weights), pointer<const float>(importance),
+              pointer<const float>(shrinks), pointer<float>(scales), pointer<float>(zeros),
+              n_groups, size, n_shrinks, static_cast<int>(bits), symmetric},
+             n, static_cast<int>(n_threads));
+}
+
 std::vector<std::string> isa_names() {
   const Isa* found[8];
   const int n = available_isas(found, 8);
@@ -128,6 +157,8 @@ NB_MODULE(_kernels, m) {
   m.def("dequantize", bind_dequantize, Unlocked());
   m.def("pack", bind_pack, Unlocked());
   m.def("unpack", bind_unpack, Unlocked());
+  m.def("round_block", bind_round_block, Unlocked());
+  m.def("fit_groups", bind_fit_groups, Unlocked());
   m.def("isa", [] { return std::string(current_isa().name); });
   m.def("available_isas", isa_names);
   m.def("set_isa", set_isa);

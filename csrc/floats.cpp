@@ -53,6 +53,6 @@ float dot(const float* a, const float* b, int64_t n) {
   return sums[0];
 }
 
-const Isa kReference = {"reference", unpack_row, nullptr};
+const Isa kReference = {"reference", unpack_row, nullptr, &kReferenceRounding};
 
 }  // namespace lwquant

@@ -8,6 +8,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "rounding.h"
+
 namespace lwquant {
 
 constexpr int kWordBits = 32;
@@ -55,6 +57,7 @@ struct Isa {
   // `scratch` has room for scratch_floats(n_groups). Null: use the float kernel.
   void (*linear_tile)(const Weight&, const Activations&, int64_t row, int64_t n_rows,
                       float* scratch, float* y);
+  const RoundingLoops* rounding;
 };
 
 // A tile's zeros and two rows of scales, as floats, each row of scales in whole vectors of 16.

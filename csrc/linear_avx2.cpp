@@ -259,6 +259,6 @@ void unpack_any(int bits, const int32_t* words, int64_t n, uint8_t* codes) {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", unpack_any, linear_tile};
+const Isa kAvx2 = {"avx2", unpack_any, linear_tile, &kAvx2Rounding};
 
 }  // namespace lwquant

@@ -271,6 +271,6 @@ void unpack_any(int bits, const int32_t* words, int64_t n, uint8_t* codes) {
 
 }  // namespace
 
-const Isa kAvx512Vnni = {"avx512_vnni", unpack_any, linear_tile};
+const Isa kAvx512Vnni = {"avx512_vnni", unpack_any, linear_tile, &kAvx512Rounding};
 
 }  // namespace lwquant

@@ -5,6 +5,7 @@ Shapes and dtypes have been checked by lwquant.ops.schema; the C++ side checks s
 
 import functools
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -193,3 +194,68 @@ def _dequantize_rows(
         torch.get_num_threads(),
         out.data_ptr(),
     )
+
+
+def rounding_compiled(*tensors: Tensor | None) -> bool:
+    """Whether the compiled rounding loops can serve these tensors."""
+    return compiled() and all(
+        t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors
+    )
+
+
+def round_block_native(
+    targets: Tensor,
+    feedback: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    max_code: int,
+    base: Tensor | None,
+) -> Tensor:
+    """As ops.rounding.round_block_torch; `targets` must be contiguous, it is written to."""
+    n_columns, n_rows = targets.shape
+    if not targets.is_contiguous() or feedback.stride(1) != 1:
+        raise ValueError("columns of the targets and rows of the feedback must be contiguous")
+    scales, zeros = scales.contiguous(), zeros.contiguous()
+    base = None if base is None else base.contiguous()
+    errors = torch.empty_like(targets)
+    _kernels.round_block(  # type: ignore[union-attr]
+        targets.data_ptr(),
+        n_columns,
+        n_rows,
+        feedback.data_ptr(),
+        feedback.stride(0),
+        0 if base is None else base.data_ptr(),
+        scales.data_ptr(),
+        zeros.data_ptr(),
+        float(max_code),
+        torch.get_num_threads(),
+        errors.data_ptr(),
+    )
+    return errors
+
+
+def fit_groups_native(
+    rows: Tensor, importance: Tensor, shrinks: Sequence[float], bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """As quantizers.grid's search for the range of each group, (n,) scales and zeros."""
+    n, size = rows.shape
+    if importance.shape[1] != size:
+        raise ValueError(f"importance of {importance.shape[1]} for groups of {size}")
+    rows, importance = rows.contiguous(), importance.contiguous()
+    fractions = torch.tensor(shrinks, dtype=torch.float32)
+    scales, zeros = torch.empty(n), torch.empty(n)
+    _kernels.fit_groups(  # type: ignore[union-attr]
+        rows.data_ptr(),
+        n,
+        size,
+        importance.data_ptr(),
+        len(importance),
+        fractions.data_ptr(),
+        len(fractions),
+        bits,
+        symmetric,
+        torch.get_num_threads(),
+        scales.data_ptr(),
+        zeros.data_ptr(),
+    )
+    return scales, zeros

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lwquant.quantizers.gptq import gptq
+from lwquant.quantizers.quantease import quantease
 from lwquant.quantizers.rtn import rtn
 from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
 
 Quantizer = Callable[[Tensor, LayerStats, QuantScheme], QuantizedWeight]
 
-QUANTIZERS = {"rtn": rtn, "gptq": gptq}
+QUANTIZERS = {"rtn": rtn, "gptq": gptq, "quantease": quantease}
 
-__all__ = ["QUANTIZERS", "Quantizer", "gptq", "rtn"]
+__all__ = ["QUANTIZERS", "Quantizer", "gptq", "quantease", "rtn"]

@@ -13,10 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lwquant.ops.rounding import BLOCK_COLUMNS, round_columns
 from lwquant.quantizers.grid import fit_grid
 from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
 
-LAZY_COLUMNS = 64  # columns whose updates are held back and applied as one matrix product
 MAX_DAMPING = 10.0
 
 
@@ -49,30 +49,17 @@ def gptq(
     diagonal = hessian.diagonal()
     grid = fit_grid(weight, scheme, diagonal if diagonal.any() else None, search=search)
     order, upper, used = _factor(stats, weight.device, damping, act_order)
-    pull = _asymmetric_pull(stats, order, upper, asymmetry) if asymmetry else None
-
-    work = weight.float()[:, order].clone()  # columns right of the current one carry the error
-    codes = torch.empty_like(work)
-    n_columns = work.shape[1]
+    # Columns are rows here, so that each is contiguous.
+    columns = weight.float().T[order].contiguous()
     expand = order // scheme.group_size
-    scales, zeros = grid.scales[:, expand], grid.zeros[:, expand]
-    for start in range(0, n_columns, LAZY_COLUMNS):
-        stop = min(start + LAZY_COLUMNS, n_columns)
-        block = work[:, start:stop].T.contiguous()  # one column is one contiguous row here
-        errors, targets = torch.empty_like(block), torch.empty_like(block)
-        for local, col in enumerate(range(start, stop)):
-            current = block[local]
-            steps = (current / scales[:, col] + zeros[:, col]).round_().clamp_(0, scheme.max_code)
-            codes[:, col] = steps
-            error = (current - (steps - zeros[:, col]) * scales[:, col]) / upper[col, col]
-            errors[local], targets[local] = error, current
-            if pull is not None:
-                block[local + 1 :].addr_(pull[col, col + 1 : stop], current)
-            block[local + 1 :].addr_(upper[col, col + 1 : stop], error, alpha=-1)
-        work[:, stop:] -= errors.T @ upper[start:stop, stop:]
-        if pull is not None:
-            work[:, stop:] += targets.T @ pull[start:stop, stop:]
-    codes = codes[:, torch.argsort(order)].byte()
+    scales, zeros = (part.T[expand].contiguous() for part in (grid.scales, grid.zeros))
+    feedback = upper / upper.diagonal()[:, None]
+    if asymmetry:
+        pull = _asymmetric_pull(stats, order, upper, asymmetry)
+        _round_pulled(columns, feedback, pull, scales, zeros, scheme.max_code)
+    else:
+        round_columns(columns, feedback, scales, zeros, scheme.max_code)
+    codes = (columns / scales).add_(zeros).round_()[torch.argsort(order)].T.byte()
     notes = () if used == damping else (f"damping raised from {damping} to {used:g}",)
     return QuantizedWeight(scheme, codes, grid.scales.half(), grid.zeros.byte(), notes)
 
@@ -112,6 +99,25 @@ def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
                 return upper, used
         used *= 10
     raise ValueError(f"the Hessian is not positive definite even with damping {MAX_DAMPING}")
+
+
+def _round_pulled(
+    columns: Tensor, feedback: Tensor, pull: Tensor, scales: Tensor, zeros: Tensor, max_code: int
+) -> None:
+    """round_columns() with GPTAQ's term: each target also pulls the later columns, as it is."""
+    for start in range(0, len(columns), BLOCK_COLUMNS):
+        own = slice(start, min(start + BLOCK_COLUMNS, len(columns)))
+        errors, targets = torch.empty_like(columns[own]), torch.empty_like(columns[own])
+        for local, col in enumerate(range(own.start, own.stop)):
+            targets[local] = columns[col]
+            steps = (targets[local] / scales[col] + zeros[col]).round_().clamp_(0, max_code)
+            columns[col] = steps.sub_(zeros[col]).mul_(scales[col])
+            torch.sub(columns[col], targets[local], out=errors[local])
+            later = slice(col + 1, own.stop)
+            columns[later].addr_(pull[col, later], targets[local])
+            columns[later].addr_(feedback[col, later], errors[local])
+        columns[own.stop :].addmm_(pull[own, own.stop :].T, targets)
+        columns[own.stop :].addmm_(feedback[own, own.stop :].T, errors)
 
 
 def _asymmetric_pull(stats: LayerStats, order: Tensor, upper: Tensor, strength: float) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lwquant.ops.rounding import fit_groups
 from lwquant.types import QuantScheme
 
 # Ranges tried by the clip search, as fractions of the full range; below a third, clipping has
@@ -24,16 +25,16 @@ class Grid:
     scales: Tensor  # float32, exactly representable in float16
     zeros: Tensor  # float32, whole numbers in [0, max_code]
 
-    def column(self, index: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero of one input column, each (out_features,)."""
-        group = index // self.scheme.group_size
-        return self.scales[:, group], self.zeros[:, group]
-
     def round(self, weight: Tensor) -> Tensor:
         """Nearest codes (out_features, in_features) float32."""
         expand = torch.arange(weight.shape[1], device=weight.device) // self.scheme.group_size
         steps = weight / self.scales[:, expand] + self.zeros[:, expand]
         return steps.round_().clamp_(0, self.scheme.max_code)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The weight (out_features, in_features) float32 that codes of this grid stand for."""
+        expand = torch.arange(codes.shape[1], device=codes.device) // self.scheme.group_size
+        return (codes.float() - self.zeros[:, expand]) * self.scales[:, expand]
 
 
 def fit_grid(
@@ -58,20 +59,31 @@ def fit_grid(
     if importance is None:
         importance = torch.ones(in_features, device=weight.device)
     per_group = torch.nn.functional.pad(importance.float(), (0, padding)).view(n_groups, size)
+    found = None
+    if search:
+        found = fit_groups(grouped, per_group, SHRINKS, scheme.bits, scheme.symmetric)
+    scales, zeros = found or _fit_slices(grouped, per_group, scheme, search)
+    scales, zeros = scales.view(out_features, n_groups), zeros.view(out_features, n_groups)
+    if not torch.isfinite(scales).all():
+        raise ValueError(
+            f"a group of weights up to {weight.abs().max():.3g} overflows float16 scales"
+        )
+    return Grid(scheme, scales, zeros)
+
+
+def _fit_slices(
+    grouped: Tensor, per_group: Tensor, scheme: QuantScheme, search: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero, each (n,), of groups (n, size); importance (n_groups, size) repeats."""
+    n_groups, size = per_group.shape
     rows = max(1, SLICE_WEIGHTS // (size * n_groups)) * n_groups
     parts = []
     for start in range(0, grouped.shape[0], rows):
         part = grouped[start : start + rows]
         weights = per_group.repeat(part.shape[0] // n_groups, 1)
         parts.append(_fit_rows(part, weights, scheme, search))
-    scales, zeros = (
-        torch.cat(column).view(out_features, n_groups) for column in zip(*parts, strict=True)
-    )
-    if not torch.isfinite(scales).all():
-        raise ValueError(
-            f"a group of weights up to {weight.abs().max():.3g} overflows float16 scales"
-        )
-    return Grid(scheme, scales, zeros)
+    scales, zeros = zip(*parts, strict=True)
+    return torch.cat(scales), torch.cat(zeros)
 
 
 def _fit_rows(

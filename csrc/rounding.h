@@ -1,0 +1,56 @@
+// What rounding a weight needs often enough to be compiled: a block of GPTQ's columns, and the
+// search for the range of each group. Records and declarations only, as in kernels.h.
+#pragma once
+#include <stdint.h>
+
+namespace lwquant {
+
+constexpr int kMaxBlockColumns = 256;
+constexpr int kLanes = 64;  // output rows of one task: columns of them fit in cache together
+
+// Columns that are rounded one after another; what a column misses moves the ones after it.
+// Every array is (n_columns, n_rows), a column of the weight being contiguous.
+struct ColumnBlock {
+  float* targets;         // in: where each weight should be; out: the grid point it got
+  const float* feedback;  // (n_columns, n_columns), rows `stride` apart: column c adds
+  int64_t stride;         //   (got - base) * feedback[c][k] to the targets of column k > c
+  const float* base;      // null: the target itself
+  const float* scales;
+  const float* zeros;
+  float* errors;  // out: got - base
+  float max_code;
+  int64_t n_columns;  // at most kMaxBlockColumns
+  int64_t n_rows;
+};
+
+// Groups of `size` weights, each to get the scale and zero of least weighted squared error.
+struct GroupFit {
+  const float* weights;     // (n, size)
+  const float* importance;  // (n_groups, size): row r has those of group r % n_groups
+  const float* shrinks;     // (n_shrinks): fractions of the full range to try, the first one 1
+  float* scales;            // out (n): values of float16
+  float* zeros;             // out (n)
+  int64_t n_groups;
+  int64_t size;
+  int64_t n_shrinks;
+  int bits;
+  bool symmetric;
+};
+
+// One instruction set's compilation of rounding_loops.inc.
+struct RoundingLoops {
+  void (*round_rows)(const ColumnBlock&, int64_t row, int64_t n_rows);  // n_rows <= kLanes
+  void (*fit_groups)(const GroupFit&, int64_t first, int64_t n);
+};
+
+extern const RoundingLoops kReferenceRounding;
+#ifdef LWQUANT_X86
+extern const RoundingLoops kAvx2Rounding;
+extern const RoundingLoops kAvx512Rounding;
+#endif
+
+// rounding.cpp: the host functions; sizes have been checked
+void round_block(const ColumnBlock&, int n_threads);
+void fit_groups(const GroupFit&, int64_t n, int n_threads);
+
+}  // namespace lwquant

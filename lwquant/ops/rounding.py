@@ -1,0 +1,78 @@
+"""The two inner loops of rounding, in plain torch and compiled.
+
+The compiled loops serve float32 tensors on the CPU; the others run here. Both compute the same
+sums; the compiled ones may order them differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lwquant.ops.native import fit_groups_native, rounding_compiled, round_block_native
+
+BLOCK_COLUMNS = 128  # columns whose effect on later blocks is applied as one matrix product
+
+
+def round_columns(
+    targets: Tensor,
+    feedback: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    max_code: int,
+    base: Tensor | None = None,
+) -> None:
+    """Replace each column of the targets by grid points in turn; its miss moves the later ones.
+
+    Column c leaves error (got − base) · feedback[c, k] on every column k > c.
+
+    Args:
+        targets: (in_features, out_features), columns of the weight as rows; changed in place.
+        feedback: (in_features, in_features), of which the upper triangle is read.
+        scales, zeros: like targets.
+        base: like targets; by default what the target is when its turn comes.
+    """
+    n = len(targets)
+    feedback = feedback.contiguous()  # a Cholesky factor is not: its columns are
+    native = rounding_compiled(targets, feedback, scales, zeros, base)
+    for start in range(0, n, BLOCK_COLUMNS):
+        own = slice(start, min(start + BLOCK_COLUMNS, n))
+        block = (targets[own], feedback[own, own], scales[own], zeros[own], max_code)
+        round_block = round_block_native if native else round_block_torch
+        errors = round_block(*block, None if base is None else base[own])
+        if own.stop < n:
+            targets[own.stop :].addmm_(feedback[own, own.stop :].T, errors)
+
+
+def round_block_torch(
+    targets: Tensor,
+    feedback: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    max_code: int,
+    base: Tensor | None,
+) -> Tensor:
+    """One block of round_columns(); returns the errors, like targets."""
+    errors = torch.empty_like(targets)
+    for col, target in enumerate(targets):
+        steps = (target / scales[col] + zeros[col]).round_().clamp_(0, max_code)
+        got = steps.sub_(zeros[col]).mul_(scales[col])
+        torch.sub(got, target if base is None else base[col], out=errors[col])
+        targets[col + 1 :].addr_(feedback[col, col + 1 :], errors[col])
+        targets[col] = got
+    return errors
+
+
+def fit_groups(
+    rows: Tensor, importance: Tensor, shrinks: Sequence[float], bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Scale and zero (n,) of groups (n, size), compiled; None where only torch can do it.
+
+    Args:
+        importance: (n_groups, size); row r has those of group r mod n_groups.
+    """
+    if not rounding_compiled(rows, importance):
+        return None
+    return fit_groups_native(rows, importance, shrinks, bits, symmetric)

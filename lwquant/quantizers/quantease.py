@@ -1,0 +1,118 @@
+"""QuantEase: cyclic coordinate descent on the output error, from any start.
+
+Behdin et al., "QuantEase: Optimization-based Quantization for Language Models",
+arXiv:2309.01885. A sweep visits the input columns in turn and puts each weight on the grid point
+that is best given all others. Ours alternates sweeps with the least-squares scales of the codes
+found (as the codebook step of GuidedQuant's LNQ, arXiv:2505.07004, here for group scales).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lwquant.ops.rounding import round_columns
+from lwquant.quantizers.gptq import gptq
+from lwquant.quantizers.grid import Grid, fit_grid
+from lwquant.quantizers.scales import refit_scales
+from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
+
+RELAXED_EVERY = 3  # from unrounded weights, every third sweep moves them without rounding
+
+
+def quantease(
+    weight: Tensor,
+    stats: LayerStats,
+    scheme: QuantScheme,
+    *,
+    start: Literal["gptq", "weight"] = "gptq",
+    sweeps: int = 4,
+    refit: bool = True,
+    damping: float = 0.01,
+    search: bool = True,
+) -> QuantizedWeight:
+    """Quantize one linear by descent on tr((Ŵ − W)(H + damping·mean(diag H)·I)(Ŵ − W)ᵀ).
+
+    Args:
+        weight: (out_features, in_features).
+        stats: hessian (in_features, in_features).
+        start: "gptq" polishes GPTQ's result, and no step can make it worse; "weight" is the
+            paper's: from the weight itself, with relaxed sweeps that do not round in between.
+        sweeps: over all columns. The last one always rounds.
+        refit: fit the scales to the codes after each rounding sweep.
+        search: as for gptq().
+
+    Raises ValueError as gptq() does.
+    """
+    hessian, order = _damped(stats, weight.device, damping)
+    if start == "gptq":
+        begun = gptq(weight, stats, scheme, damping=damping, search=search)
+        grid = Grid(scheme, begun.scales.float(), begun.zeros.float())
+        current, notes = begun.dequantize(), begun.notes
+    else:
+        importance = stats.hessian.diagonal().to(weight.device)
+        grid = fit_grid(weight, scheme, importance if importance.any() else None, search=search)
+        current, notes = weight.float().clone(), ()
+    codes = grid.round(current)
+    for number in range(sweeps):
+        relaxed = start == "weight" and number % RELAXED_EVERY == 1 and number < sweeps - 1
+        current = sweep(weight, current, hessian, None if relaxed else grid, order)
+        if relaxed:
+            continue
+        codes = grid.round(current)
+        if refit:
+            grid = refit_scales(weight, hessian, codes, grid)
+            current = grid.dequantize(codes)
+    return QuantizedWeight(scheme, codes.byte(), grid.scales.half(), grid.zeros.byte(), notes)
+
+
+@lru_cache(maxsize=1)
+def _damped(stats: LayerStats, device: torch.device, damping: float) -> tuple[Tensor, Tensor]:
+    """The damped Hessian, and the columns by falling diagonal; linears share it as in gptq()."""
+    hessian = stats.hessian.to(device, torch.float32)
+    mean = hessian.diagonal().mean()
+    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
+    damped = hessian + ridge * torch.eye(len(hessian), device=device)
+    return damped, torch.argsort(damped.diagonal(), descending=True)
+
+
+def sweep(
+    weight: Tensor, current: Tensor, hessian: Tensor, grid: Grid | None, order: Tensor
+) -> Tensor:
+    """One visit to every column in `order`; returns the new (out_features, in_features).
+
+    Args:
+        weight, current: the target, and where the descent is.
+        hessian: positive on the diagonal.
+        grid: None moves each column to its optimum without rounding.
+    """
+    ordered = hessian[order][:, order]
+    # Columns are rows here, so that each is contiguous. A target is where the column's optimum is
+    # given all others: Ŵ_j + [(W − Ŵ) H]_j / H_jj.
+    values = current.T[order].contiguous()
+    owed = ((weight.float() - current) @ hessian).T[order]
+    diagonal = ordered.diagonal()
+    targets = (values + owed / diagonal[:, None]).contiguous()
+    feedback = -ordered / diagonal
+    if grid is None:
+        _move_columns(targets, feedback, values)
+    else:
+        expand = order // grid.scheme.group_size
+        scales, zeros = (part.T[expand].contiguous() for part in (grid.scales, grid.zeros))
+        round_columns(targets, feedback, scales, zeros, grid.scheme.max_code, base=values)
+    return targets[torch.argsort(order)].T.contiguous()
+
+
+def _move_columns(targets: Tensor, feedback: Tensor, base: Tensor) -> None:
+    """round_columns() without rounding: solve for all columns at once.
+
+    Column c ends at t_c = u_c + Σ_{k<c} (t_k − b_k) F_kc, so with m = t − b the moves solve the
+    unit triangular system (I − F)ᵀ m = u − b over the strictly upper F.
+    """
+    upper = torch.triu(feedback, diagonal=1)
+    system = torch.eye(len(upper), device=upper.device) - upper.T
+    moves = torch.linalg.solve_triangular(system, targets - base, upper=False, unitriangular=True)
+    targets.copy_(base + moves)
