@@ -39,6 +39,7 @@ class Recipe:
     correction: Method = "qep"
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 16)
     group_size: int = 64
+    more_group_sizes: tuple[int, ...] = ()  # each width is also in the menu with each of these
     symmetric: bool = False
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
     remeasure: int = 0  # rounds of measuring costs again around the plan; see remeasure.py
@@ -57,11 +58,15 @@ class Recipe:
         self.schemes()
 
     def schemes(self) -> tuple[QuantScheme, ...]:
-        """The menu, narrow to wide."""
+        """The menu: narrow to wide, and from large groups to small ones within a width."""
+        sizes = sorted({self.group_size, *self.more_group_sizes}, reverse=True)
         try:
-            return tuple(
-                QuantScheme(width, self.group_size, self.symmetric) for width in sorted(self.bits)
-            )
+            every = [
+                QuantScheme(width, size, self.symmetric)
+                for width in sorted(self.bits)
+                for size in sizes
+            ]
+            return tuple(dict.fromkeys(every))  # 16 bits have no groups
         except ValueError as error:
             raise LwquantError(str(error)) from error
 
@@ -114,7 +119,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     if unknown:
         raise LwquantError(f"recipe {where}: unknown setting {unknown[0]!r}")
     try:
-        for name in ("sources", "bits"):
+        for name in ("sources", "bits", "more_group_sizes"):
             if name in settings:
                 settings[name] = tuple(settings[name])
         recipe = Recipe(**settings)

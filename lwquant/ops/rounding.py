@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lwquant.ops.native import fit_groups_native, rounding_compiled, round_block_native
+from lwquant.ops.native import fit_groups_native, round_block_native, rounding_compiled
 
 BLOCK_COLUMNS = 128  # columns whose effect on later blocks is applied as one matrix product
 

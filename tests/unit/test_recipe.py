@@ -21,12 +21,24 @@ def test_a_file_sets_what_it_names_and_keeps_the_rest(tmp_path):
     assert [s.label for s in recipe.schemes()] == ["3b-g64", "4b-g64"]
 
 
+def test_more_group_sizes_make_a_finer_menu_whose_steps_only_grow(tmp_path):
+    path = tmp_path / "fine.toml"
+    path.write_text("bits = [3, 2, 16]\nmore_group_sizes = [128, 32]\n")
+    recipe = load_recipe(path)
+    labels = [scheme.label for scheme in recipe.schemes()]
+    assert labels == ["2b-g128", "2b-g64", "2b-g32", "3b-g128", "3b-g64", "3b-g32", "16b"]
+    sizes = [scheme.stored_bits(256, 256) for scheme in recipe.schemes()]
+    assert sizes == sorted(sizes)
+    assert recipe.scheme(3).group_size == 64  # what a pin to 3 bits means
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("n_sample = 3", "unknown setting 'n_sample'"),
         ("bits = [3, 9]", "bits=9"),
         ("bits = [3, 3]", "different widths"),
+        ("more_group_sizes = [0]", "group_size=0"),
         ("n_samples = 0", "n_samples=0"),
         ("seq_len = 2.5", "seq_len"),
         ("= 3", "recipe"),
