@@ -35,8 +35,10 @@ GROUP = 64
 # Shares of blocks at 2 bits. None and all are rows of their own, where the order does not matter;
 # half is what allocation-rtn/3/ranked-... measures.
 SHARES = (0.25, 0.75, 0.125)
+PRESET_BUDGETS = (3.5, 2.8, 3.3, 3.8, 4.3)
 RANDOM_SEEDS = (0, 1, 2)
 REMEASURE_ROUNDS, REMEASURE_WINDOWS = 3, 16
+TUNE_WINDOWS = 64
 LOWERED = ("lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS))
 # The uniform row that each section's mixed plans are compared with: same rounding, same bits.
 UNIFORM = {
@@ -78,7 +80,9 @@ def jobs() -> list[str]:
     blocks = [f"blocks/{order}/{share}" for order in LOWERED for share in SHARES]
     blocks += [f"blocks/any/{share}" for share in (0.0, 1.0)]
     slow = [f"allocation/{b}/{m}" for b in (3, 4) for m in orders]
-    return [*rounding, *allocation, "preset/3.5", *blocks, *slow]
+    presets = [f"preset/{bpw}" for bpw in PRESET_BUDGETS]
+    tuned = ["tuned/2.8", "tuned/3.3"]
+    return [*rounding, *allocation, *presets, *tuned, *blocks, *slow]
 
 
 def run(name: str) -> Row:
@@ -102,7 +106,10 @@ def run(name: str) -> Row:
     )
     with fast_float32():
         opened = open_model(fetch(WORK))
-        windows, _ = prepare_tokens(opened, recipe)
+        if section == "tuned":
+            recipe = recipe.changed(tune=TUNE_WINDOWS)
+        drawn = prepare_tokens(opened, recipe)
+        windows = drawn.calibration
         text = (DATA / "wikitext-2-raw-test.txt").read_text(encoding="utf-8")
         tested = evenly_spread_windows(tokenize(text, opened.tokenizer), SEQ_LEN, WINDOWS)
         method = {
@@ -119,7 +126,13 @@ def run(name: str) -> Row:
         start = time.monotonic()
         tokens = windows.tokens if method[0] != "rtn" else windows.tokens[:1]
         quality = measure_plan(
-            opened.decoder, plan, rounding_of(*method), tokens, tested, progress=_quiet
+            opened.decoder,
+            plan,
+            rounding_of(*method),
+            tokens,
+            tested,
+            progress=_quiet,
+            tuning=drawn.tuning,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return Row(
@@ -147,7 +160,7 @@ def plan_for(section, rest, opened, windows, recipe):
     linears = opened.decoder.linears
     if section == "rounding" or rest[-1] == "uniform":
         return uniform_plan(linears, QuantScheme(int(rest[0]), GROUP)), 0.0
-    if section == "preset":
+    if section in ("preset", "tuned"):
         report, seconds = report_of(recipe.metric, opened, windows, recipe)
         return make_plan(report, float(rest[0]), exact), seconds
     blocks = list(range(opened.decoder.n_blocks))

@@ -73,11 +73,12 @@ def sweep(
         opened = open_model(model, device, revision)
         for budget in bpw:
             check_budget(opened, chosen, budget)
-        calibrated, held_out = prepare_tokens(opened, chosen, texts, progress)
+        windows_of = prepare_tokens(opened, chosen, texts, progress)
+        held_out = windows_of.held_out
         if text is not None:
             tokens = tokenize(read_text_file(Path(text)), opened.tokenizer)
             held_out = evenly_spread_windows(tokens, chosen.seq_len, windows)
-        report = measure(opened, calibrated, chosen, progress)
+        report = measure(opened, windows_of.calibration, chosen, progress)
         write_report(report, folder / "sensitivity.json")
         plans = [("mixed", plan_report(report, budget, recipe=chosen)) for budget in sorted(bpw)]
         plans += [("uniform", plan) for plan in _uniform_plans(opened, chosen, min(bpw), max(bpw))]
@@ -85,7 +86,13 @@ def sweep(
         for series, plan in plans:
             write_plan(plan, folder / f"plan-{series}-{plan.bpw:.3f}.json")
             quality = measure_plan(
-                opened.decoder, plan, rounding, calibrated.tokens, held_out, progress
+                opened.decoder,
+                plan,
+                rounding,
+                windows_of.calibration.tokens,
+                held_out,
+                progress,
+                tuning=windows_of.tuning,
             )
             size = opened.other_bytes + plan.bpw * opened.n_weights / 8
             rows.append(

@@ -67,6 +67,9 @@ def quantize(
     tie_fused: Annotated[
         bool, typer.Option(help="Same width for q/k/v and for gate/up, as vLLM needs.")
     ] = False,
+    tune: Annotated[
+        int | None, typer.Option(help="Further windows to tune all scales together on.")
+    ] = None,
     remeasure: Annotated[
         int | None, typer.Option(help="Rounds of measuring costs again around the plan.")
     ] = None,
@@ -96,6 +99,7 @@ def quantize(
         group_size=group_size,
         seed=seed,
         tie_fused=tie_fused or None,
+        tune=tune,
         remeasure=remeasure,
     )
     if as_json:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lwquant.evaluation.measure import Predictions, compare
+from lwquant.finetune import last_quantized, tune_scales
 from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.recipe import Rounding
@@ -39,6 +40,8 @@ def measure_plan(
     held_out: Tensor,
     progress: Progress = silent,
     keep: Callable[[QuantizedLinearResult], None] = _drop,
+    *,
+    tuning: Tensor | None = None,
 ) -> Quality:
     """Quantize with a plan, and compare with the float model on the held-out windows.
 
@@ -46,8 +49,11 @@ def measure_plan(
         tokens: calibration windows (n_samples, seq_len).
         held_out: windows (n, seq_len) of the same length.
         keep: called with each linear as it is done, e.g. to write it.
+        tuning: windows (n, seq_len) to tune all scales on at the end. The codes of all linears
+            are held in memory until then, a byte a weight.
     """
     n = tokens.shape[0]
+    tunes, waiting = tuning is not None and len(tuning) > 0, []
     streams = Streams.start(decoder, torch.cat([tokens, held_out]), n)
     for done in quantize_blocks(
         decoder,
@@ -58,8 +64,18 @@ def measure_plan(
         needs_drift=rounding.needs_drift,
         progress=progress,
     ):
-        keep(done)
-    return compare_streams(decoder, streams.quantized[n:], streams.floating[n:], held_out)
+        if tunes:
+            waiting.append(done)
+        else:
+            keep(done)
+    quantized = streams.quantized[n:]
+    if tuning is not None and tunes:
+        weights = {done.spec.name: done.weight for done in waiting}
+        weights = tune_scales(decoder, weights, tuning, progress=progress)
+        quantized = last_quantized(decoder, weights, held_out)
+        for done in waiting:
+            keep(replace(done, weight=weights[done.spec.name]))
+    return compare_streams(decoder, quantized, streams.floating[n:], held_out)
 
 
 def compare_streams(

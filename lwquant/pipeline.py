@@ -30,7 +30,7 @@ from lwquant.export.save import ModelWriter
 from lwquant.held_out import Quality, measure_plan
 from lwquant.matmul import fast_float32
 from lwquant.methods import describe
-from lwquant.prepare import OpenModel, bpw_of_size, open_model, prepare_tokens
+from lwquant.prepare import OpenModel, Windows, bpw_of_size, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import Recipe, Rounding, allocator_of, metric_of, rounding_of
 from lwquant.remeasure import remeasured_plan
@@ -38,7 +38,7 @@ from lwquant.search import smallest_plan
 from lwquant.sensitivity.report import read_report, write_report
 from lwquant.sequential import QuantizedLinearResult
 from lwquant.stages import check_budget, check_report, measure, merged, plan_report
-from lwquant.types import BitPlan, CalibrationSet, QuantizedWeight, SensitivityReport
+from lwquant.types import BitPlan, QuantizedWeight, SensitivityReport
 
 SENSITIVITY_FILE, PLAN_FILE = "sensitivity.json", "plan.json"
 
@@ -111,28 +111,23 @@ def quantize(
         check_report(known, opened)
         if target is not None:
             check_budget(opened, chosen, target)
-        windows, held_out = prepare_tokens(opened, chosen, texts, progress)
+        windows = prepare_tokens(opened, chosen, texts, progress)
         if given is None:
             if known is None:
-                known = measure(opened, windows, chosen, progress)
+                known = measure(opened, windows.calibration, chosen, progress)
             plan_at = partial(plan_report, known, recipe=chosen)
             if target is not None and chosen.remeasure:
-                known, given = remeasured_plan(
-                    opened, known, target, chosen, windows, held_out, progress
-                )
+                known, given = remeasured_plan(opened, known, target, chosen, windows, progress)
             elif target is not None:
                 given = plan_at(target)
             else:
                 assert max_kl is not None
-                given = smallest_plan(
-                    opened, known, plan_at, rounding, windows.tokens, held_out, max_kl, progress
-                )
+                given = smallest_plan(opened, known, plan_at, rounding, windows, max_kl, progress)
         return _quantize_and_save(
             opened,
             given,
             known,
             windows,
-            held_out,
             rounding,
             chosen,
             budget,
@@ -147,8 +142,7 @@ def _quantize_and_save(
     opened: OpenModel,
     plan: BitPlan,
     report: SensitivityReport | None,
-    windows: CalibrationSet,
-    held_out: Tensor,
+    windows: Windows,
     rounding: Rounding,
     recipe: Recipe,
     budget: Mapping[str, object],
@@ -159,7 +153,10 @@ def _quantize_and_save(
 ) -> Result:
     decoder = opened.decoder
     notes = list(plan.notes)
-    n_samples, seq_len = windows.tokens.shape
+    if len(windows.tuning):
+        notes.append(f"scales tuned together on {len(windows.tuning)} further windows")
+    calibration, held_out = windows.calibration, windows.held_out
+    n_samples, seq_len = calibration.tokens.shape
     with new_folder(output, overwrite) as folder, extra_files(opened) as extras:
         writer = ModelWriter(folder, opened.source, decoder.linears, decoder.model, decoder.key_of)
 
@@ -170,7 +167,16 @@ def _quantize_and_save(
             else:
                 writer.linear(done.spec, sixteen_bits(done.weight, opened, done.spec.name))
 
-        quality = measure_plan(decoder, plan, rounding, windows.tokens, held_out, progress, keep)
+        quality = measure_plan(
+            decoder,
+            plan,
+            rounding,
+            calibration.tokens,
+            held_out,
+            progress,
+            keep,
+            tuning=windows.tuning,
+        )
         size_bytes = writer.finish(plan.schemes, plan.bpw, extras)
         write_plan(plan, folder / PLAN_FILE)
         if report is not None:
@@ -180,7 +186,9 @@ def _quantize_and_save(
             base_model=_public_name(opened),
             command=command,
             seed=recipe.seed,
-            calibration=CalibrationRecord(windows.source, n_samples, seq_len, windows.sha256),
+            calibration=CalibrationRecord(
+                calibration.source, n_samples, seq_len, calibration.sha256
+            ),
             metric=report.metric if report is not None else {"name": "none"},
             allocator=plan.allocator,
             quantizer=describe(rounding.quantizer),
@@ -200,7 +208,7 @@ def _quantize_and_save(
         )
         (folder / RUN_FILE).write_text(record.to_json(), encoding="utf-8")
         evaluation = EvaluationRecord(
-            text=f"held-out windows of the calibration text ({windows.source})",
+            text=f"held-out windows of the calibration text ({calibration.source})",
             bpw=plan.bpw,
             size_bytes=size_bytes,
             seq_len=held_out.shape[1],

@@ -29,6 +29,15 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Different windows of the same texts, each for one purpose."""
+
+    calibration: CalibrationSet
+    held_out: Tensor  # (n, seq_len): what quality is measured on
+    tuning: Tensor  # (n, seq_len), n perhaps 0: what scales are tuned on; see finetune.py
+
+
+@dataclass(frozen=True)
 class OpenModel:
     """A checkpoint opened for work."""
 
@@ -85,15 +94,15 @@ def prepare_tokens(
     recipe: Recipe,
     texts: Sequence[str] | None = None,
     progress: Progress = silent,
-) -> tuple[CalibrationSet, Tensor]:
-    """Calibration windows, and held-out ones (held_out, seq_len) of the same texts.
+) -> Windows:
+    """Draw the recipe's windows from its texts.
 
     Args:
         texts: used instead of the recipe's sources.
 
     Raises CalibrationError for an empty or too short text.
     """
-    n_windows = recipe.n_samples + recipe.held_out
+    n_windows = recipe.n_samples + recipe.held_out + recipe.tune
     if texts is None and SELF in recipe.sources:
         if recipe.sources != (SELF,):
             raise CalibrationError("source 'self' cannot be mixed with others")
@@ -116,9 +125,9 @@ def prepare_tokens(
     shuffled = every.tokens[
         torch.randperm(n_windows, generator=torch.Generator().manual_seed(recipe.seed))
     ]
-    chosen = shuffled[: recipe.n_samples]
+    chosen, held_out, tuning = shuffled.split([recipe.n_samples, recipe.held_out, recipe.tune])
     calibration = CalibrationSet(chosen, every.source, token_hash(chosen), recipe.seed)
-    return calibration, shuffled[recipe.n_samples :]
+    return Windows(calibration, held_out, tuning)
 
 
 def parse_size(size: str | int) -> int:

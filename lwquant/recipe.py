@@ -42,12 +42,13 @@ class Recipe:
     more_group_sizes: tuple[int, ...] = ()  # each width is also in the menu with each of these
     symmetric: bool = False
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
+    tune: int = 0  # further windows to tune all scales together on; see finetune.py
     remeasure: int = 0  # rounds of measuring costs again around the plan; see remeasure.py
     pins: Mapping[str, int] = field(default_factory=dict)  # linear name -> bits
     allow_worse: bool = False  # keep a mixed plan that is predicted to lose against uniform
 
     def __post_init__(self) -> None:
-        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "remeasure": 0}
+        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "tune": 0, "remeasure": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise LwquantError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -126,7 +127,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
     counts = ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size")
-    for name in (*counts, "remeasure"):
+    for name in (*counts, "tune", "remeasure"):
         if not isinstance(getattr(recipe, name), int):
             raise LwquantError(f"recipe {where}: {name} must be a whole number")
     return recipe

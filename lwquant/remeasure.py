@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lwquant.held_out import measure_plan
-from lwquant.prepare import OpenModel
+from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.quantizers import Quantizer
 from lwquant.recipe import Recipe, rounding_of
 from lwquant.sensitivity.around_plan import around_plan
 from lwquant.stages import few_windows, plan_report
-from lwquant.types import BitPlan, CalibrationSet, QuantScheme, SensitivityReport
+from lwquant.types import BitPlan, QuantScheme, SensitivityReport
 
 
 def remeasured_plan(
@@ -27,8 +27,7 @@ def remeasured_plan(
     report: SensitivityReport,
     bpw: float,
     recipe: Recipe,
-    windows: CalibrationSet,
-    held_out: Tensor,
+    windows: Windows,
     progress: Progress,
 ) -> tuple[SensitivityReport, BitPlan]:
     """The plan whose model, really quantized, has the least KL on the held-out windows.
@@ -44,7 +43,7 @@ def remeasured_plan(
         uniform,
         lambda costs: plan_report(costs, bpw, recipe=recipe),
         rounding_of(recipe.quantizer, "none").quantizer,
-        few_windows(windows, recipe).tokens,
+        few_windows(windows.calibration, recipe).tokens,
         recipe.remeasure,
         progress,
     )
@@ -59,7 +58,13 @@ def remeasured_plan(
         key = tuple(plan.schemes.values())
         if key not in measured:
             quality = measure_plan(
-                opened.decoder, plan, rounding, windows.tokens, held_out, progress
+                opened.decoder,
+                plan,
+                rounding,
+                windows.calibration.tokens,
+                windows.held_out,
+                progress,
+                tuning=windows.tuning,
             )
             measured[key] = quality.kl_divergence
         kl[name] = measured[key]

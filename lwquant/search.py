@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from lwquant.allocators.problem import problem_of
 from lwquant.held_out import measure_plan
-from lwquant.prepare import OpenModel
+from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.recipe import Rounding
 from lwquant.types import BitPlan, SensitivityReport
@@ -22,8 +20,7 @@ def smallest_plan(
     report: SensitivityReport,
     plan_at: Callable[[float], BitPlan],
     rounding: Rounding,
-    tokens: Tensor,
-    held_out: Tensor,
+    windows: Windows,
     max_kl: float,
     progress: Progress,
 ) -> BitPlan:
@@ -48,7 +45,13 @@ def smallest_plan(
         plan = plan_at(target)
         progress("search", f"trial at {plan.bpw:.3f} bits per weight", trial, MAX_TRIALS)
         measured = measure_plan(
-            opened.decoder, plan, rounding, tokens, held_out, progress
+            opened.decoder,
+            plan,
+            rounding,
+            windows.calibration.tokens,
+            windows.held_out,
+            progress,
+            tuning=windows.tuning,
         ).kl_divergence
         predicted = sum(plan.costs.values())
         if predicted > 0 and measured > 0:

@@ -56,7 +56,6 @@ class QuantizedLinearResult:
 
     spec: LinearSpec
     weight: QuantizedWeight | Tensor
-    output_error: float  # ‖(W* − Ŵ) X̂‖² / ‖W* X̂‖² on the calibration inputs; 0 if left alone
 
 
 @torch.no_grad()
@@ -123,7 +122,7 @@ def _quantize_block(
         for spec in members:
             module = _module(decoder, block, spec)
             if stats is None or schemes[spec.name].is_float:
-                yield QuantizedLinearResult(spec, get_weight(module), 0.0)
+                yield QuantizedLinearResult(spec, get_weight(module))
                 continue
             progress("quantize", spec.name, index, decoder.n_blocks)
             yield _quantize_one(spec, module, stats, schemes, quantizer, correction)
@@ -149,18 +148,8 @@ def _quantize_one(
         quantized = quantizer(target, stats, schemes[spec.name])
     except ValueError as error:
         raise RoundingError(f"{spec.name}: {error}") from error
-    rounded = quantized.dequantize()
-    set_weight(module, rounded)
-    return QuantizedLinearResult(
-        spec, quantized, relative_output_error(target, rounded, stats.hessian)
-    )
-
-
-def relative_output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ); 0 where the layer's output is zero anyway."""
-    difference = rounded - weight
-    energy = ((weight @ hessian) * weight).sum().item()
-    return ((difference @ hessian) * difference).sum().item() / energy if energy > 0 else 0.0
+    set_weight(module, quantized.dequantize())
+    return QuantizedLinearResult(spec, quantized)
 
 
 def record_stats(

@@ -39,8 +39,8 @@ def measure_model(
     metric_of(chosen.metric)
     with fast_float32():
         opened = open_model(model, device, revision)
-        windows, _ = prepare_tokens(opened, chosen, texts, progress)
-        return measure(opened, windows, chosen, progress)
+        windows = prepare_tokens(opened, chosen, texts, progress)
+        return measure(opened, windows.calibration, chosen, progress)
 
 
 def plan(

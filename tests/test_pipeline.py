@@ -26,7 +26,8 @@ from lwquant.errors import (
     UnsupportedModelError,
 )
 from lwquant.export.folder import verify
-from lwquant.recipe import Recipe
+from lwquant.held_out import measure_plan
+from lwquant.recipe import Recipe, rounding_of
 from lwquant.types import QuantScheme
 
 SMALL = Recipe(n_samples=12, seq_len=96, held_out=6, sensitivity_samples=8, group_size=32)
@@ -110,7 +111,7 @@ def test_the_kl_seen_while_quantizing_is_the_kl_of_the_saved_model(
     from lwquant.prepare import open_model, prepare_tokens
 
     opened = open_model(tiny_folder)
-    _, held_out = prepare_tokens(opened, replace(SMALL, sources=(calibration,)))
+    held_out = prepare_tokens(opened, replace(SMALL, sources=(calibration,))).held_out
     model = AutoModelForCausalLM.from_pretrained(made.folder)
     original = AutoModelForCausalLM.from_pretrained(tiny_folder)
     with torch.no_grad():
@@ -118,6 +119,40 @@ def test_the_kl_seen_while_quantizing_is_the_kl_of_the_saved_model(
         q = model(held_out).logits[:, :-1].log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
     assert kl == pytest.approx(made.held_out.kl_divergence, rel=1e-3)
+
+
+def test_tuned_scales_are_saved_noted_and_bring_the_model_closer(
+    tiny_folder, calibration, tmp_path
+):
+    from lwquant.prepare import open_model, prepare_tokens
+
+    recipe = replace(SMALL, sources=(calibration,), bits=(2, 3), allocator="uniform", tune=48)
+    tuned = quantized(tiny_folder, tmp_path / "out", calibration, bpw=2.8, recipe=recipe)
+    assert "scales tuned together on 48 further windows" in inspect_notes(tuned.folder)
+    opened = open_model(tiny_folder)
+    windows = prepare_tokens(opened, recipe)
+    rows = [
+        {tuple(row) for row in part.tolist()}
+        for part in (windows.calibration.tokens, windows.tuning, windows.held_out)
+    ]
+    assert len(rows[1]) == 48 and not rows[0] & rows[1] and not rows[1] & rows[2]
+    rounding = rounding_of(recipe.quantizer, recipe.correction)
+    plain = measure_plan(
+        opened.decoder, tuned.plan, rounding, windows.calibration.tokens, windows.held_out
+    )
+    assert tuned.held_out.kl_divergence < 0.97 * plain.kl_divergence
+    model = AutoModelForCausalLM.from_pretrained(tuned.folder)
+    with torch.no_grad():
+        found = model(windows.held_out).logits[:, :-1].log_softmax(-1)
+    original = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        wanted = original(windows.held_out).logits[:, :-1].log_softmax(-1)
+    kl = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+    assert kl == pytest.approx(tuned.held_out.kl_divergence, rel=1e-3)
+
+
+def inspect_notes(folder):
+    return json.loads((folder / "lwquant.json").read_text())["notes"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

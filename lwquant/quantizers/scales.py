@@ -16,7 +16,7 @@ def refit_scales(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid) -> 
     """The grid with the scales of least (Ŵ − W) H (Ŵ − W)ᵀ, row by row.
 
     Ŵ is linear in its scales, so that each row's are the solution of n_groups normal equations.
-    A row keeps its old scales where the new ones are not positive, or not better once they are
+    A row keeps its old scales where the new ones are not better once they are positive and
     rounded to float16.
 
     Args:
@@ -41,7 +41,7 @@ def refit_scales(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid) -> 
     lower, info = torch.linalg.cholesky_ex(normal + torch.diag_embed(diagonal * RIDGE + ridge))
     moved = torch.cholesky_solve(slack[:, :, None], lower)[:, :, 0]
     wanted = grid.scales.double() + moved
-    usable = (info == 0) & torch.isfinite(wanted).all(1) & (wanted > 0).all(1)
+    usable = (info == 0) & torch.isfinite(wanted).all(1)
     stored = storable_scale(torch.where(usable[:, None], wanted, grid.scales.double()).float())
     usable &= torch.isfinite(stored).all(1)
     step = torch.where(usable[:, None], stored - grid.scales, 0).double()

@@ -88,6 +88,13 @@ def test_from_the_weight_relaxed_sweeps_lead_below_plain_rounding_and_end_on_the
     plain = proxy_loss(weight, grid.dequantize(grid.round(weight)), damped(stats))
     assert proxy_loss(weight, got.dequantize(), damped(stats)) < 0.6 * plain
     assert torch.equal(got.scales, grid.scales.half())
+    hessian = damped(stats)
+    order = torch.argsort(hessian.diagonal(), descending=True)
+    wanted = weight
+    for rounding in (grid, None, grid):  # the second of three sweeps is relaxed
+        wanted = sweep(weight, wanted, hessian, rounding, order)
+    short = quantease(weight, stats, scheme, start="weight", sweeps=3, refit=False)
+    assert torch.equal(short.codes, grid.round(wanted).byte())
 
 
 @pytest.mark.parametrize("in_features", [32, 28])  # 28: a shorter last group
@@ -107,6 +114,23 @@ def test_refitted_scales_are_the_least_squares_ones(in_features):
             got.scales[row].double(), wanted.solution, rtol=2e-3, atol=1e-6
         )  # float16 storage
     assert torch.equal(got.zeros, grid.zeros)
+
+
+def test_no_row_is_worse_after_a_refit_though_float16_rounds_each_scale_by_itself():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(400, 32, generator=generator)
+    inputs = torch.randn(100, 8, generator=generator).repeat(1, 4)  # the groups say the same
+    inputs += 0.01 * torch.randn(inputs.shape, generator=generator)
+    grid = fit_grid(weight, QuantScheme(8, 8))
+    codes = grid.round(weight)
+
+    def errors(grid):
+        missed = (grid.dequantize(codes) - weight).double() @ inputs.double().T
+        return missed.square().sum(1)
+
+    once = refit_scales(weight, inputs.T @ inputs, codes, grid)
+    assert (errors(once) <= errors(grid) * (1 + 1e-3)).all()
+    assert errors(once).sum() < errors(grid).sum()
 
 
 def test_a_refit_keeps_the_scales_of_rows_that_it_cannot_improve():
