@@ -14,6 +14,7 @@ from lwquant.errors import LwquantError  # noqa: E402
 from lwquant.evaluation import evaluate  # noqa: E402
 from lwquant.export.hub import push_to_hub  # noqa: E402
 from lwquant.pipeline import Result, quantize  # noqa: E402
+from lwquant.ratio_curves import ratio_curves  # noqa: E402
 from lwquant.recipe import Recipe, load_recipe  # noqa: E402
 from lwquant.stages import measure_model, plan  # noqa: E402
 from lwquant.types import BitPlan, QuantScheme  # noqa: E402
@@ -30,5 +31,6 @@ __all__ = [
     "plan",
     "push_to_hub",
     "quantize",
+    "ratio_curves",
     "sweep",
 ]

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lwquant.allocators.plan import uniform_plan, write_plan
-from lwquant.capture.text import read_text_file
-from lwquant.capture.tokens import tokenize
-from lwquant.evaluation.plot import plot_sweep
-from lwquant.evaluation.windows import evenly_spread_windows
+from lwquant.allocators.plan import uniform_plan
+from lwquant.evaluation.plot import plot_agreement, plot_sweep
 from lwquant.export.folder import check_output, new_folder, write_manifest
-from lwquant.held_out import measure_plan
 from lwquant.matmul import fast_float32
+from lwquant.measured_plans import MeasuredPlan, measure_plans, tested_windows, write_rows
 from lwquant.prepare import OpenModel, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import Recipe, rounding_of
 from lwquant.sensitivity.report import write_report
 from lwquant.stages import check_budget, measure, merged, plan_report
 from lwquant.types import BitPlan
-
-
-@dataclass(frozen=True)
-class SweepRow:
-    """One measured plan."""
-
-    series: str  # "mixed" or "uniform"
-    bpw: float
-    megabytes: float  # all weight files
-    perplexity: float
-    reference_perplexity: float
-    kl_divergence: float
-    top1_agreement: float
-    tokens: int
 
 
 def sweep(
@@ -52,10 +33,11 @@ def sweep(
     overwrite: bool = False,
     progress: Progress | None = None,
     **settings: Any,
-) -> list[SweepRow]:
+) -> list[MeasuredPlan]:
     """Quantize at each budget and at each uniform width in their range, and measure.
 
-    Writes sweep.csv, sweep.png, sensitivity.json and a plan per budget into `output`.
+    Writes sweep.csv, sweep.png (quality against bits), agreement.png (measured against predicted
+    loss), sensitivity.json and a plan per budget into `output`.
 
     Args:
         bpw: budgets in bits per weight.
@@ -73,41 +55,15 @@ def sweep(
         opened = open_model(model, device, revision)
         for budget in bpw:
             check_budget(opened, chosen, budget)
-        windows_of = prepare_tokens(opened, chosen, texts, progress)
-        held_out = windows_of.held_out
-        if text is not None:
-            tokens = tokenize(read_text_file(Path(text)), opened.tokenizer)
-            held_out = evenly_spread_windows(tokens, chosen.seq_len, windows)
-        report = measure(opened, windows_of.calibration, chosen, progress)
+        drawn = prepare_tokens(opened, chosen, texts, progress)
+        tested = tested_windows(opened, drawn, text, windows)
+        report = measure(opened, drawn.calibration, chosen, progress)
         write_report(report, folder / "sensitivity.json")
         plans = [("mixed", plan_report(report, budget, recipe=chosen)) for budget in sorted(bpw)]
         plans += [("uniform", plan) for plan in _uniform_plans(opened, chosen, min(bpw), max(bpw))]
-        rows = []
-        for series, plan in plans:
-            write_plan(plan, folder / f"plan-{series}-{plan.bpw:.3f}.json")
-            quality = measure_plan(
-                opened.decoder,
-                plan,
-                rounding,
-                windows_of.calibration.tokens,
-                held_out,
-                progress,
-                tuning=windows_of.tuning,
-            )
-            size = opened.other_bytes + plan.bpw * opened.n_weights / 8
-            rows.append(
-                SweepRow(
-                    series,
-                    plan.bpw,
-                    size / 1e6,
-                    quality.perplexity,
-                    quality.reference_perplexity,
-                    quality.kl_divergence,
-                    quality.top1_agreement,
-                    quality.tokens,
-                )
-            )
+        rows = measure_plans(opened, report, plans, rounding, drawn, tested, folder, progress)
         write_rows(rows, folder / "sweep.csv")
+        plot_agreement(rows, folder / "agreement.png", model=opened.name)
         plot_sweep(rows, folder / "sweep.png", model=opened.name, text=str(text or "held-out"))
         write_manifest(folder)
     return rows
@@ -123,11 +79,3 @@ def _uniform_plans(opened: OpenModel, recipe: Recipe, low: float, high: float) -
     below = [plan for plan in plans if plan.bpw < low][-1:]
     above = [plan for plan in plans if plan.bpw > high][:1]
     return [*below, *(plan for plan in plans if low <= plan.bpw <= high), *above]
-
-
-def write_rows(rows: Sequence[SweepRow], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(SweepRow)])
-        for row in rows:
-            writer.writerow([getattr(row, field.name) for field in fields(SweepRow)])

@@ -35,7 +35,7 @@ Output = Annotated[Path, typer.Option(help="What to make; must not exist yet.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Metric = Annotated[str | None, typer.Option(help="Sensitivity metric.")]
 Allocator = Annotated[str | None, typer.Option(help="uniform, ranked, spikes or exact.")]
-Quantizer = Annotated[str | None, typer.Option(help="rtn or gptq.")]
+Quantizer = Annotated[str | None, typer.Option(help="rtn, gptq or quantease.")]
 Correction = Annotated[str | None, typer.Option(help="qep, gptaq or none.")]
 Calibration = Annotated[
     str | None, typer.Option(help="builtin, self, a text file, or datasets:NAME[,CONFIG].")
@@ -215,13 +215,9 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Perplexity and KL against bits: a table, sweep.csv and sweep.png."""
-    try:
-        budgets = [float(part) for part in bpw.split(",")]
-    except ValueError as error:
-        raise LwquantError(f"--bpw {bpw!r} is not a list of numbers like 2.5,3,3.5") from error
     rows = lwquant.sweep(
         model,
-        bpw=budgets,
+        bpw=_numbers("--bpw", bpw),
         output=output,
         text=text,
         recipe=recipe,
@@ -238,6 +234,47 @@ def sweep(
         _print_json({"rows": [asdict(row) for row in rows]})
     else:
         tables.print_sweep(rows)
+
+
+@app.command()
+def ratio(
+    model: Model,
+    output: Output,
+    low: Annotated[int, typer.Option(help="Bits of the lowered weights.")] = 2,
+    high: Annotated[int, typer.Option(help="Bits of the others.")] = 4,
+    shares: Annotated[str, typer.Option(help="Shares to lower.")] = "0,0.25,0.5,0.75,1",
+    text: Annotated[Path | None, typer.Option(help="Text file to measure on.")] = None,
+    metric: Metric = None,
+    quantizer: Quantizer = None,
+    correction: Correction = None,
+    calibration: Calibration = None,
+    recipe: RecipeName = "default",
+    device: Device = "cpu",
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Loss against the share of weights at few bits: whole blocks lowered, or single linears."""
+    rows = lwquant.ratio_curves(
+        model,
+        low=low,
+        high=high,
+        shares=_numbers("--shares", shares),
+        output=output,
+        text=text,
+        recipe=recipe,
+        calibration=calibration,
+        device=device,
+        overwrite=overwrite,
+        metric=metric,
+        quantizer=quantizer,
+        correction=correction,
+        seed=seed,
+    )
+    if as_json:
+        _print_json({"rows": [asdict(row) for row in rows]})
+    else:
+        tables.print_ratio(rows)
 
 
 @app.command()
@@ -284,6 +321,13 @@ def _errors_in_words() -> Iterator[None]:
     except BrokenPipeError:  # `lwquant inspect OUT | head`
         sys.stderr.close()
         raise SystemExit(1) from None
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise LwquantError(f"{option} {text!r} is not a list of numbers like 2.5,3,3.5") from error
 
 
 def _check_new_file(path: Path) -> None:

@@ -13,10 +13,11 @@ from rich.table import Table
 from lwquant.types import BitPlan, SensitivityReport
 
 if TYPE_CHECKING:  # these modules import what draws the tables
-    from lwquant.budget_sweep import SweepRow
     from lwquant.evaluation.evaluate import Evaluation
     from lwquant.inspection import Inspection
+    from lwquant.measured_plans import MeasuredPlan
     from lwquant.pipeline import Result
+    from lwquant.ratio_curves import RatioRow
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -94,11 +95,11 @@ def print_evaluation(measured: Evaluation) -> None:
     table("evaluation", ["", "value"], rows)
 
 
-def print_sweep(rows: Sequence[SweepRow]) -> None:
+def print_sweep(rows: Sequence[MeasuredPlan]) -> None:
     reference = rows[0].reference_perplexity
     table(
         f"the original has perplexity {reference:.2f}; {rows[0].tokens} tokens",
-        ["plan", "bits/weight", "MB", "perplexity", "KL", "top-1"],
+        ["plan", "bits/weight", "MB", "perplexity", "KL", "top-1", "predicted"],
         [
             [
                 row.series,
@@ -107,8 +108,28 @@ def print_sweep(rows: Sequence[SweepRow]) -> None:
                 f"{row.perplexity:.2f}",
                 f"{row.kl_divergence:.4f}",
                 f"{row.top1_agreement:.1%}",
+                f"{row.predicted_cost:.4g}",
             ]
             for row in sorted(rows, key=lambda row: row.bpw)
+        ],
+    )
+
+
+def print_ratio(rows: Sequence[RatioRow]) -> None:
+    reference = rows[0].reference_perplexity
+    table(
+        f"the original has perplexity {reference:.2f}; {rows[0].tokens} tokens",
+        ["lowered", "share", "bits/weight", "perplexity", "KL", "predicted"],
+        [
+            [
+                row.series,
+                f"{row.share:.1%}",
+                f"{row.bpw:.3f}",
+                f"{row.perplexity:.2f}",
+                f"{row.kl_divergence:.4f}",
+                f"{row.predicted_cost:.4g}",
+            ]
+            for row in sorted(rows, key=lambda row: (row.share, row.series))
         ],
     )
 

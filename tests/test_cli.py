@@ -132,7 +132,28 @@ def test_sweep_writes_a_table_a_csv_and_a_picture(
     assert lines[0].startswith("series,bpw") and sum(x.startswith("mixed") for x in lines) == 2
     assert sum(x.startswith("uniform") for x in lines) >= 2
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
-    assert len(list((tmp_path / "sweep").glob("plan-mixed-*.json"))) == 2
+    plans = list((tmp_path / "sweep").glob("plan-mixed-*.json"))
+    assert len(plans) == 2
+    assert (tmp_path / "sweep" / "agreement.png").stat().st_size > 10_000
+    names = lines[0].split(",")
+    predicted = [
+        float(line.split(",")[names.index("predicted_cost")])
+        for line in lines
+        if line.startswith("mixed")
+    ]
+    wanted = [
+        sum(linear["cost"] for linear in json.loads(path.read_text())["linears"].values())
+        for path in plans
+    ]
+    assert sorted(predicted) == pytest.approx(sorted(wanted))
+    report = json.loads((tmp_path / "sweep" / "sensitivity.json").read_text())
+    narrow = min(
+        (line for line in lines[1:] if line.startswith("uniform")),
+        key=lambda line: float(line.split(",")[1]),
+    )
+    scheme = report["schemes"][0]
+    total = sum(linear["costs"][scheme] for linear in report["linears"].values())
+    assert float(narrow.split(",")[names.index("predicted_cost")]) == pytest.approx(total)
 
 
 def test_input_errors_are_one_line_on_stderr_and_status_1(

@@ -29,7 +29,7 @@ MAX_WIDE_BLOCKS = 96  # up to here every block gets a column wide enough for a n
 
 
 class SweepPoint(Protocol):
-    """One measured model; a `lwquant.sweep.SweepRow` is one."""
+    """One measured model; a `MeasuredPlan` is one."""
 
     @property
     def series(self) -> str: ...
@@ -85,6 +85,106 @@ def plot_sweep(rows: Sequence[SweepPoint], path: Path, *, model: str = "", text:
         _tidy(axes)
     left.legend(frameon=False)
     _save(figure, path, _title("Quality against size", model, text))
+
+
+class AgreementPoint(Protocol):
+    """One plan with its predicted and its measured loss; a `MeasuredPlan` is one."""
+
+    @property
+    def series(self) -> str: ...
+    @property
+    def bpw(self) -> float: ...
+    @property
+    def kl_divergence(self) -> float: ...
+    @property
+    def predicted_cost(self) -> float: ...
+
+
+def plot_agreement(rows: Sequence[AgreementPoint], path: Path, *, model: str = "") -> None:
+    """Write a PNG: each plan's measured KL against the sum of its predicted costs.
+
+    On the dashed line both are equal. Points without a positive value on both axes are left out.
+    ValueError for no rows, OutputError where `path` cannot be written.
+    """
+    if not rows:
+        raise ValueError("a sweep without rows cannot be drawn")
+    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    drawn = [
+        row for row in rows if 0 < row.kl_divergence < np.inf and 0 < row.predicted_cost < np.inf
+    ]
+    for number, series in enumerate(dict.fromkeys(row.series for row in drawn)):
+        points = [row for row in drawn if row.series == series]
+        axes.plot(
+            [p.predicted_cost for p in points],
+            [p.kl_divergence for p in points],
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            linestyle="none",
+            label=series,
+        )
+        for p in points:
+            axes.annotate(
+                f"{p.bpw:.2f}",
+                (p.predicted_cost, p.kl_divergence),
+                xytext=(6, -3),
+                textcoords="offset points",
+                fontsize=8,
+                color=INK,
+            )
+    if drawn:
+        axes.axline((1, 1), (2, 2), color=INK, linestyle="--", linewidth=1, label="equal")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.legend(frameon=False)
+    axes.set(xlabel="predicted: sum of the plan's costs", ylabel="measured KL, nats per token")
+    _tidy(axes)
+    _save(figure, path, _title("Measured against predicted loss", model, ""))
+
+
+class RatioPoint(Protocol):
+    """One plan of two widths; a `lwquant.ratio_curves.RatioRow` is one."""
+
+    @property
+    def series(self) -> str: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def kl_divergence(self) -> float: ...
+
+
+def plot_ratio(
+    rows: Sequence[RatioPoint], path: Path, low: int, high: int, *, model: str = ""
+) -> None:
+    """Write a PNG: KL against the share of weights at `low` bits, the rest at `high`, per series.
+
+    ValueError for no rows, OutputError where `path` cannot be written.
+    """
+    if not rows:
+        raise ValueError("curves without rows cannot be drawn")
+    figure = Figure(figsize=(6, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for number, series in enumerate(dict.fromkeys(row.series for row in rows)):
+        points = sorted(
+            (row for row in rows if row.series == series and 0 < row.kl_divergence < np.inf),
+            key=lambda row: row.share,
+        )
+        axes.plot(
+            [p.share for p in points],
+            [p.kl_divergence for p in points],
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            label=f"single {series}" if series == "linears" else f"whole {series}",
+        )
+    if any(row.kl_divergence > 0 for row in rows):
+        _log_axis(axes)
+    axes.set(
+        xlabel=f"share of weights at {low} bits, the rest at {high}",
+        ylabel="KL, nats per token",
+    )
+    _tidy(axes)
+    axes.legend(frameon=False)
+    _save(figure, path, _title("Loss against the share lowered", model))
 
 
 def plot_bits(plan: BitPlan | Any, path: Path, *, model: str = "") -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lwquant.errors import OutputError
 from lwquant.evaluation import plot
-from lwquant.evaluation.plot import plot_bits, plot_sweep
+from lwquant.evaluation.plot import plot_agreement, plot_bits, plot_sweep
 from lwquant.types import BitPlan, QuantScheme
 
 GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -22,6 +22,7 @@ class Row:
     perplexity: float
     kl_divergence: float
     reference_perplexity: float = 30.0
+    predicted_cost: float = 0.0
 
 
 @dataclass
@@ -85,6 +86,28 @@ def test_titles_name_model_and_text_without_the_paths_of_this_machine(tmp_path, 
 def test_a_narrow_range_of_perplexities_is_drawn_on_a_linear_axis(tmp_path, figures):
     plot_sweep([Row("mixed", 4.0, 31.0, 0.1)], tmp_path / "sweep.png")
     assert figures[0].axes[0].get_yscale() == "linear"
+
+
+def test_agreement_shows_each_plan_with_its_bits_and_the_line_of_equals(tmp_path, figures):
+    rows = [
+        Row("mixed", 3.0, 40.0, 0.3, predicted_cost=0.25),
+        Row("mixed", 4.0, 35.0, 0.1, predicted_cost=0.11),
+        Row("uniform", 3.3, 45.0, 0.4, predicted_cost=0.5),
+        Row("uniform", 2.3, 90.0, float("inf"), predicted_cost=3.0),
+        Row("uniform", 16.0, 30.0, 0.0),
+    ]
+    plot_agreement(rows, tmp_path / "agreement.png", model="/home/ann/smol")
+    (axes,) = figures[0].axes
+    drawn = {line.get_label(): line for line in axes.get_lines()}
+    assert drawn["mixed"].get_xydata().tolist() == [[0.25, 0.3], [0.11, 0.1]]
+    assert drawn["uniform"].get_xydata().tolist() == [[0.5, 0.4]]
+    assert "equal" in drawn and (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert sorted(text.get_text() for text in axes.texts) == ["3.00", "3.30", "4.00"]
+    assert figures[0].get_suptitle() == "Measured against predicted loss: smol"
+    assert png_size(tmp_path / "agreement.png")[0] > 500
+    plot_agreement(rows[-1:], tmp_path / "empty.png")  # nothing above zero: still a picture
+    with pytest.raises(ValueError, match="without rows"):
+        plot_agreement([], tmp_path / "a.png")
 
 
 def test_every_cell_of_a_plan_holds_its_bits_and_the_costs_stand_below(tmp_path, figures):
