@@ -97,8 +97,10 @@ def tune_scales(
     }
     batches = list(_batches(len(tokens), batch, passes, seed))
 
+    current = {**weights, **tuned}
+
     def put_in(index: int, block: nn.Module, hidden: Tensor | None = None) -> None:
-        _put_in(decoder, index, block, {**weights, **tuned})
+        _put_in(decoder, index, block, current)
 
     for number, rows in enumerate(batches):
         progress("tune", f"step {number + 1}", number, len(batches))
@@ -116,9 +118,9 @@ def tune_scales(
                 if spec.name in tuned:
                     slopes[spec.name] = tuned[spec.name].slope(full)
             inputs.pop()
-        current = rate * _share_of_rate(number, len(batches))
+        step = rate * _share_of_rate(number, len(batches))
         for name, slope in slopes.items():
-            tuned[name].step(slope / tokens[rows].numel(), current, number + 1)
+            tuned[name].step(slope / tokens[rows].numel(), step, number + 1)
     progress("tune", "done", len(batches), len(batches))
     return {
         name: replace(weight, scales=storable_scale(tuned[name].scales()).half())

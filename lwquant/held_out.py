@@ -11,6 +11,7 @@ from torch import Tensor
 from lwquant.evaluation.measure import Predictions, compare
 from lwquant.finetune import last_quantized, tune_scales
 from lwquant.model.decoder import Decoder
+from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress, silent
 from lwquant.recipe import Rounding
 from lwquant.sequential import QuantizedLinearResult, Streams, quantize_blocks
@@ -53,7 +54,8 @@ def measure_plan(
             are held in memory until then, a byte a weight.
     """
     n = tokens.shape[0]
-    tunes, waiting = tuning is not None and len(tuning) > 0, []
+    tunes = tuning is not None and len(tuning) > 0
+    waiting: list[QuantizedLinearResult] = []
     streams = Streams.start(decoder, torch.cat([tokens, held_out]), n)
     for done in quantize_blocks(
         decoder,
@@ -64,18 +66,42 @@ def measure_plan(
         needs_drift=rounding.needs_drift,
         progress=progress,
     ):
-        if tunes:
-            waiting.append(done)
-        else:
-            keep(done)
+        (waiting.append if tunes else keep)(done)
     quantized = streams.quantized[n:]
-    if tuning is not None and tunes:
+    if tuning is not None and waiting:
         weights = {done.spec.name: done.weight for done in waiting}
         weights = tune_scales(decoder, weights, tuning, progress=progress)
         quantized = last_quantized(decoder, weights, held_out)
         for done in waiting:
             keep(replace(done, weight=weights[done.spec.name]))
     return compare_streams(decoder, quantized, streams.floating[n:], held_out)
+
+
+def measure_on(
+    opened: OpenModel,
+    plan: BitPlan,
+    rounding: Rounding,
+    windows: Windows,
+    progress: Progress = silent,
+    keep: Callable[[QuantizedLinearResult], None] = _drop,
+    *,
+    tested: Tensor | None = None,
+) -> Quality:
+    """measure_plan() with each kind of window used for its purpose.
+
+    Args:
+        tested: windows (n, seq_len) to compare on instead of the held-out ones.
+    """
+    return measure_plan(
+        opened.decoder,
+        plan,
+        rounding,
+        windows.calibration.tokens,
+        windows.held_out if tested is None else tested,
+        progress,
+        keep,
+        tuning=windows.tuning,
+    )
 
 
 def compare_streams(

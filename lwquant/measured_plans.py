@@ -14,7 +14,7 @@ from lwquant.allocators.plan import write_plan
 from lwquant.capture.text import read_text_file
 from lwquant.capture.tokens import tokenize
 from lwquant.evaluation.windows import evenly_spread_windows
-from lwquant.held_out import measure_plan
+from lwquant.held_out import measure_on
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.recipe import Rounding
@@ -60,15 +60,7 @@ def measure_plans(
     rows = []
     for series, plan in plans:
         write_plan(plan, folder / f"plan-{series}-{plan.bpw:.3f}.json")
-        quality = measure_plan(
-            opened.decoder,
-            plan,
-            rounding,
-            windows.calibration.tokens,
-            tested,
-            progress,
-            tuning=windows.tuning,
-        )
+        quality = measure_on(opened, plan, rounding, windows, progress, tested=tested)
         rows.append(
             MeasuredPlan(
                 series,

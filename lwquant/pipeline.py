@@ -27,7 +27,7 @@ from lwquant.export.record import (
     RunRecord,
 )
 from lwquant.export.save import ModelWriter
-from lwquant.held_out import Quality, measure_plan
+from lwquant.held_out import Quality, measure_on
 from lwquant.matmul import fast_float32
 from lwquant.methods import describe
 from lwquant.prepare import OpenModel, Windows, bpw_of_size, open_model, prepare_tokens
@@ -167,16 +167,7 @@ def _quantize_and_save(
             else:
                 writer.linear(done.spec, sixteen_bits(done.weight, opened, done.spec.name))
 
-        quality = measure_plan(
-            decoder,
-            plan,
-            rounding,
-            calibration.tokens,
-            held_out,
-            progress,
-            keep,
-            tuning=windows.tuning,
-        )
+        quality = measure_on(opened, plan, rounding, windows, progress, keep)
         size_bytes = writer.finish(plan.schemes, plan.bpw, extras)
         write_plan(plan, folder / PLAN_FILE)
         if report is not None:

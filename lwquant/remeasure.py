@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lwquant.held_out import measure_plan
+from lwquant.held_out import measure_on
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.quantizers import Quantizer
@@ -57,15 +57,7 @@ def remeasured_plan(
     for name, (_, plan) in candidates.items():
         key = tuple(plan.schemes.values())
         if key not in measured:
-            quality = measure_plan(
-                opened.decoder,
-                plan,
-                rounding,
-                windows.calibration.tokens,
-                windows.held_out,
-                progress,
-                tuning=windows.tuning,
-            )
+            quality = measure_on(opened, plan, rounding, windows, progress)
             measured[key] = quality.kl_divergence
         kl[name] = measured[key]
     best = min(kl, key=kl.__getitem__)

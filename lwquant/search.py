@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lwquant.allocators.problem import problem_of
-from lwquant.held_out import measure_plan
+from lwquant.held_out import measure_on
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.recipe import Rounding
@@ -44,15 +44,7 @@ def smallest_plan(
         target = min(max(target, low + margin), high - margin)
         plan = plan_at(target)
         progress("search", f"trial at {plan.bpw:.3f} bits per weight", trial, MAX_TRIALS)
-        measured = measure_plan(
-            opened.decoder,
-            plan,
-            rounding,
-            windows.calibration.tokens,
-            windows.held_out,
-            progress,
-            tuning=windows.tuning,
-        ).kl_divergence
+        measured = measure_on(opened, plan, rounding, windows, progress).kl_divergence
         predicted = sum(plan.costs.values())
         if predicted > 0 and measured > 0:
             ratio = measured / predicted
