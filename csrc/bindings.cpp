@@ -35,8 +35,8 @@ T* pointer(Address address) {
 }
 
 Weight make_weight(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
-                   Address scales, int64_t n_groups, Address zeros, int64_t zero_words,
-                   Address bias, int64_t bits, int64_t group_size) {
+                   Address scales, bool scale_bytes, int64_t n_groups, Address zeros,
+                   int64_t zero_words, Address bias, int64_t bits, int64_t group_size) {
   require_bits(bits);
   require(in_features >= 1 && out_features >= 1, "a layer without inputs or outputs");
   require(group_size >= 1, "group_size=" + std::to_string(group_size) + " is less than 1");
@@ -47,17 +47,17 @@ Weight make_weight(Address codes, int64_t out_features, int64_t n_words, int64_t
     require_size("words of a row of zeros", zero_words, row_words(out_features, bits));
   }
   require(codes && scales, "no address for codes or scales");
-  return {pointer<const int32_t>(codes), pointer<const uint16_t>(scales),
-          pointer<const int32_t>(zeros), pointer<const float>(bias), static_cast<int>(bits),
+  return {pointer<const int32_t>(codes), pointer<const uint16_t>(scale_bytes ? 0 : scales),
+          pointer<const uint8_t>(scale_bytes ? scales : 0), pointer<const int32_t>(zeros), pointer<const float>(bias), static_cast<int>(bits),
           group_size, in_features, out_features, n_groups, n_words, zero_words};
 }
 
 void bind_linear(Address x, int64_t n_tokens, Address codes, int64_t out_features, int64_t n_words,
-                 int64_t in_features, Address scales, int64_t n_groups, Address zeros,
-                 int64_t zero_words, Address bias, int64_t bits, int64_t group_size,
+                 int64_t in_features, Address scales, bool scale_bytes, int64_t n_groups,
+                 Address zeros, int64_t zero_words, Address bias, int64_t bits, int64_t group_size,
                  int64_t n_threads, Address y) {
-  const Weight w = make_weight(codes, out_features, n_words, in_features, scales, n_groups, zeros,
-                               zero_words, bias, bits, group_size);
+  const Weight w = make_weight(codes, out_features, n_words, in_features, scales, scale_bytes,
+                               n_groups, zeros, zero_words, bias, bits, group_size);
   require(n_tokens >= 0 && n_threads >= 1, "negative tokens or no threads");
   if (n_tokens == 0) return;
   require(x && y, "no address for x or y");
@@ -65,11 +65,11 @@ void bind_linear(Address x, int64_t n_tokens, Address codes, int64_t out_feature
 }
 
 void bind_dequantize(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
-                     Address scales, int64_t n_groups, Address zeros, int64_t zero_words,
-                     int64_t bits, int64_t group_size, int64_t row, int64_t n_rows,
-                     int64_t n_threads, Address out) {
-  const Weight w = make_weight(codes, out_features, n_words, in_features, scales, n_groups, zeros,
-                               zero_words, 0, bits, group_size);
+                     Address scales, bool scale_bytes, int64_t n_groups, Address zeros,
+                     int64_t zero_words, int64_t bits, int64_t group_size, int64_t row,
+                     int64_t n_rows, int64_t n_threads, Address out) {
+  const Weight w = make_weight(codes, out_features, n_words, in_features, scales, scale_bytes,
+                               n_groups, zeros, zero_words, 0, bits, group_size);
   require(row >= 0 && n_rows >= 0 && row + n_rows <= out_features && n_threads >= 1,
           "rows outside the layer, or no threads");
   if (n_rows == 0) return;
@@ -119,16 +119,19 @@ void bind_round_block(Address targets, int64_t n_columns, int64_t n_rows, Addres
 
 void bind_fit_groups(Address weights, int64_t n, int64_t size, Address importance,
                      int64_t n_groups, Address shrinks, int64_t n_shrinks, int64_t bits,
-                     bool symmetric, int64_t n_threads, Address scales, Address zeros) {
+                     bool symmetric, int64_t scale_mantissa, int64_t n_threads, Address scales,
+                     Address zeros) {
   require_bits(bits);
   require(n >= 0 && size >= 1 && n_groups >= 1 && n_shrinks >= 1 && n_threads >= 1,
           "no weights, groups, ranges or threads");
   require(n % n_groups == 0, "rows of groups are incomplete");
+  require(scale_mantissa >= 1 && scale_mantissa <= 10, "a float16 has up to 10 mantissa bits");
   if (n == 0) return;
   require(weights && importance && shrinks && scales && zeros, "an address is missing");
   fit_groups({pointer<const float>(weights), pointer<const float>(importance),
               pointer<const float>(shrinks), pointer<float>(scales), pointer<float>(zeros),
-              n_groups, size, n_shrinks, static_cast<int>(bits), symmetric},
+              n_groups, size, n_shrinks, static_cast<int>(bits), symmetric,
+              static_cast<int>(scale_mantissa)},
              n, static_cast<int>(n_threads));
 }
 

@@ -24,13 +24,20 @@ float half_to_float(uint16_t half) {
   return value;
 }
 
+float scale_at(const Weight& w, int64_t row, int64_t group) {
+  if (w.scales) return half_to_float(w.scales[row * w.n_groups + group]);
+  const uint8_t* bytes = w.scale_bytes + row * (1 + w.n_groups);
+  const int pattern = (bytes[0] << kByteExponent) + (bytes[1 + group] << kByteStep);
+  return half_to_float(static_cast<uint16_t>(pattern));
+}
+
 void dequantize_row(const Isa& isa, const Weight& w, int64_t row, uint8_t* codes, float* out) {
   isa.unpack_row(w.bits, w.codes + row * w.row_words, w.in_features, codes);
   for (int64_t group = 0; group < w.n_groups; ++group) {
     const int64_t start = group * w.group_size;
     const int64_t end = start + w.group_size;
     const int64_t stop = end < w.in_features ? end : w.in_features;
-    const float scale = half_to_float(w.scales[row * w.n_groups + group]);
+    const float scale = scale_at(w, row, group);
     const int zero = w.zeros ? code_at(w.bits, w.zeros + group * w.zero_words, row)
                              : 1 << (w.bits - 1);
     for (int64_t k = start; k < stop; ++k) {

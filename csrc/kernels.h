@@ -21,10 +21,11 @@ constexpr int kMaxSpanSteps = 4;
 
 // One stored layer; the row streams are described in lwquant/ops/layout.py.
 struct Weight {
-  const int32_t* codes;    // (out_features, row_words)
-  const uint16_t* scales;  // (out_features, n_groups) float16 bits
-  const int32_t* zeros;    // (n_groups, zero_words), or null: every zero is 2^(bits-1)
-  const float* bias;       // (out_features), or null
+  const int32_t* codes;        // (out_features, row_words)
+  const uint16_t* scales;      // (out_features, n_groups) float16 bits, or null
+  const uint8_t* scale_bytes;  // (out_features, 1 + n_groups) otherwise: lwquant/ops/scale_bytes.py
+  const int32_t* zeros;        // (n_groups, zero_words), or null: every zero is 2^(bits-1)
+  const float* bias;           // (out_features), or null
   int bits;
   int64_t group_size;  // at most in_features
   int64_t in_features;
@@ -33,6 +34,9 @@ struct Weight {
   int64_t row_words;
   int64_t zero_words;
 };
+
+constexpr int kByteExponent = 10;  // a row's first byte, shifted so, starts its window
+constexpr int kByteStep = 6;       // the others count float16 patterns above it in steps of 2^6
 
 // The input of one call and, for the integer kernels, its 16-bit form: x = q * span_scale.
 // A span is span_steps (1, 2 or 4) steps; groups start on a span, only the last span is shorter.
@@ -79,6 +83,7 @@ uint8_t code_at(int bits, const int32_t* words, int64_t index);
 
 // floats.cpp: the plain meaning, for any group size
 float half_to_float(uint16_t half);
+float scale_at(const Weight&, int64_t row, int64_t group);
 // One row as float32: (code - zero) * scale. `codes` has room for in_features bytes.
 void dequantize_row(const Isa&, const Weight&, int64_t row, uint8_t* codes, float* out);
 float dot(const float* a, const float* b, int64_t n);

@@ -111,13 +111,32 @@ void tile_zeros(const Weight& w, int64_t row, float* zeros) {
   }
 }
 
-void row_scales(const uint16_t* halves, int64_t n_groups, float* scales) {
+void row_halves(const uint16_t* halves, int64_t n_groups, float* scales) {
   int64_t group = 0;
   for (; group + 8 <= n_groups; group += 8) {
     const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + group));
     _mm256_storeu_ps(scales + group, _mm256_cvtph_ps(eight));
   }
   for (; group < n_groups; ++group) scales[group] = _cvtsh_ss(halves[group]);
+}
+
+void row_bytes(const uint8_t* bytes, int64_t n_groups, float* scales) {
+  const int start = *bytes++ << kByteExponent;
+  int64_t group = 0;
+  for (; group + 8 <= n_groups; group += 8) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + group));
+    const __m128i above = _mm_slli_epi16(_mm_cvtepu8_epi16(eight), kByteStep);
+    const __m128i halves = _mm_add_epi16(_mm_set1_epi16(static_cast<int16_t>(start)), above);
+    _mm256_storeu_ps(scales + group, _mm256_cvtph_ps(halves));
+  }
+  for (; group < n_groups; ++group) {
+    scales[group] = _cvtsh_ss(static_cast<uint16_t>(start + (bytes[group] << kByteStep)));
+  }
+}
+
+void row_scales(const Weight& w, int64_t row, float* scales) {
+  if (w.scales) return row_halves(w.scales + row * w.n_groups, w.n_groups, scales);
+  row_bytes(w.scale_bytes + row * (1 + w.n_groups), w.n_groups, scales);
 }
 
 // One step of 32 inputs: exact integer sums of code * q. `rest`: words left in the row.
@@ -196,7 +215,7 @@ void tile(const Weight& w, const Activations& a, int64_t first_row, int64_t n_ro
   for (int64_t place = 0; place < n_rows; ++place) {
     const int64_t row = first_row + place;
     const float* zeros = scratch + place;
-    row_scales(w.scales + row * w.n_groups, w.n_groups, scales);
+    row_scales(w, row, scales);
     int64_t t = 0;
     for (; t + 4 <= a.n_tokens; t += 4) multiply<BITS, STEPS, 4>(w, a, row, t, zeros, scales, y);
     for (; t < a.n_tokens; ++t) multiply<BITS, STEPS, 1>(w, a, row, t, zeros, scales, y);

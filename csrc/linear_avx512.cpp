@@ -86,12 +86,22 @@ void tile_zeros(const Weight& w, int64_t row, float* zeros) {
   }
 }
 
-void row_scales(const uint16_t* halves, int64_t n_groups, float* scales) {
-  for (int64_t group = 0; group < n_groups; group += 16) {
-    const int64_t rest = n_groups - group;
+void row_scales(const Weight& w, int64_t row, float* scales) {
+  const uint8_t* bytes = w.scales ? nullptr : w.scale_bytes + row * (1 + w.n_groups);
+  const int first = bytes ? *bytes << kByteExponent : 0;
+  const __m256i start = _mm256_set1_epi16(static_cast<int16_t>(first));
+  for (int64_t group = 0; group < w.n_groups; group += 16) {
+    const int64_t rest = w.n_groups - group;
     const __mmask16 present = static_cast<__mmask16>((1u << (rest < 16 ? rest : 16)) - 1);
-    const __m256i sixteen = _mm256_maskz_loadu_epi16(present, halves + group);
-    _mm512_storeu_ps(scales + group, _mm512_cvtph_ps(sixteen));
+    __m256i halves;
+    if (!bytes) {
+      halves = _mm256_maskz_loadu_epi16(present, w.scales + row * w.n_groups + group);
+    } else {
+      const __m128i sixteen = _mm_maskz_loadu_epi8(present, bytes + 1 + group);
+      const __m256i above = _mm256_slli_epi16(_mm256_cvtepu8_epi16(sixteen), kByteStep);
+      halves = _mm256_add_epi16(start, above);
+    }
+    _mm512_storeu_ps(scales + group, _mm512_cvtph_ps(halves));
   }
 }
 
@@ -208,7 +218,7 @@ void tile(const Weight& w, const Activations& a, int64_t first_row, int64_t n_ro
       const int64_t here = place + r < n_rows ? place + r : place;
       row[r] = first_row + here;
       float* row_scale = scales + r * (w.n_groups + 16);
-      row_scales(w.scales + row[r] * w.n_groups, w.n_groups, row_scale);
+      row_scales(w, row[r], row_scale);
       rows.codes[r] = w.codes + row[r] * w.row_words;
       rows.zeros[r] = zeros + here;
       rows.scales[r] = row_scale;

@@ -28,13 +28,14 @@ struct GroupFit {
   const float* weights;     // (n, size)
   const float* importance;  // (n_groups, size): row r has those of group r % n_groups
   const float* shrinks;     // (n_shrinks): fractions of the full range to try, the first one 1
-  float* scales;            // out (n): values of float16
+  float* scales;            // out (n): values of float16 with `scale_mantissa` bits at most
   float* zeros;             // out (n)
   int64_t n_groups;
   int64_t size;
   int64_t n_shrinks;
   int bits;
   bool symmetric;
+  int scale_mantissa;  // 10 for all that float16 has
 };
 
 // One instruction set's compilation of rounding_loops.inc.

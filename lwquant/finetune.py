@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import set_weight
 from lwquant.progress import Progress, silent
-from lwquant.quantizers.grid import storable_scale
+from lwquant.quantizers.grid import in_window, storable_scale
 from lwquant.sensitivity.backward import backward_block, kl_gradient, weight_gradient
 from lwquant.sensitivity.walk import block_inputs, walk_blocks
 from lwquant.types import QuantizedWeight
@@ -30,7 +30,7 @@ DECAYS = (0.9, 0.99)  # of Adam's means of the gradient and of its square
 
 @dataclass
 class _Tuned:
-    """One linear on its way: scales are those it came with times exp(shift)."""
+    """One linear on its way: scales are those it came with times exp(shift), rounded."""
 
     weight: QuantizedWeight
     shift: Tensor  # (out_features, n_groups)
@@ -41,7 +41,10 @@ class _Tuned:
         self.mean, self.square = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
 
     def scales(self) -> Tensor:
-        return self.weight.scales.float() * self.shift.exp()
+        """As they can be stored. Gradients pass the rounding as if it were not there."""
+        scheme = self.weight.scheme
+        moved = self.weight.scales.float() * self.shift.exp()
+        return in_window(storable_scale(moved, scheme), scheme)
 
     def dequantize(self) -> Tensor:
         return self._steps() * self.scales()[:, self._expand()]
@@ -123,7 +126,7 @@ def tune_scales(
             tuned[name].step(slope / tokens[rows].numel(), step, number + 1)
     progress("tune", "done", len(batches), len(batches))
     return {
-        name: replace(weight, scales=storable_scale(tuned[name].scales()).half())
+        name: replace(weight, scales=tuned[name].scales().half())
         if isinstance(weight, QuantizedWeight)
         else weight
         for name, weight in weights.items()

@@ -190,9 +190,7 @@ def _quantize_and_save(
             size_bytes=size_bytes,
             original_size_bytes=opened.source.size_bytes,
             linears={
-                name: LinearRecord(
-                    scheme.bits, scheme.group_size, scheme.symmetric, plan.costs.get(name)
-                )
+                name: LinearRecord(**asdict(scheme), cost=plan.costs.get(name))
                 for name, scheme in plan.schemes.items()
             },
             notes=tuple(notes),

@@ -41,6 +41,7 @@ class Recipe:
     group_size: int = 64
     more_group_sizes: tuple[int, ...] = ()  # each width is also in the menu with each of these
     symmetric: bool = False
+    scale_bits: int = 8  # 16: scales as plain float16
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
     tune: int = 0  # further windows to tune all scales together on; see finetune.py
     remeasure: int = 0  # rounds of measuring costs again around the plan; see remeasure.py
@@ -63,7 +64,7 @@ class Recipe:
         sizes = sorted({self.group_size, *self.more_group_sizes}, reverse=True)
         try:
             every = [
-                QuantScheme(width, size, self.symmetric)
+                QuantScheme(width, size, self.symmetric, self.scale_bits)
                 for width in sorted(self.bits)
                 for size in sizes
             ]
@@ -72,7 +73,7 @@ class Recipe:
             raise LwquantError(str(error)) from error
 
     def scheme(self, bits: int) -> QuantScheme:
-        return QuantScheme(bits, self.group_size, self.symmetric)
+        return QuantScheme(bits, self.group_size, self.symmetric, self.scale_bits)
 
     def changed(self, **settings: Any) -> Recipe:
         """A copy with those settings that are not None."""
@@ -127,7 +128,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
     counts = ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size")
-    for name in (*counts, "tune", "remeasure"):
+    for name in (*counts, "scale_bits", "tune", "remeasure"):
         if not isinstance(getattr(recipe, name), int):
             raise LwquantError(f"recipe {where}: {name} must be a whole number")
     return recipe

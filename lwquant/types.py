@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
-SCALE_BITS = 16
+SCALE_BITS = (8, 16)
 FLOAT_BITS = 16
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -33,20 +33,25 @@ class QuantScheme:
 
     `bits` 16 means "left as a 16-bit float"; its group size is 0. A group size that does not
     divide in_features leaves a shorter last group; one at least in_features means one per row.
+    `scale_bits` 8 stores scales as lwquant/ops/scale_bytes.py says, 16 as float16.
     """
 
     bits: int
     group_size: int = 64
     symmetric: bool = False
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.bits == FLOAT_BITS:
             object.__setattr__(self, "group_size", 0)
             object.__setattr__(self, "symmetric", False)
+            object.__setattr__(self, "scale_bits", 16)
         elif self.bits not in WIDTHS:
             raise ValueError(f"bits={self.bits} is not one of {(*WIDTHS, FLOAT_BITS)}")
         elif self.group_size < 1:
             raise ValueError(f"group_size={self.group_size} must be at least 1")
+        elif self.scale_bits not in SCALE_BITS:
+            raise ValueError(f"scale_bits={self.scale_bits} is not one of {SCALE_BITS}")
 
     @property
     def is_float(self) -> bool:
@@ -62,10 +67,14 @@ class QuantScheme:
 
         >>> QuantScheme(3).label, QuantScheme(4, 128, symmetric=True).label, QuantScheme(16).label
         ('3b-g64', '4b-g128-sym', '16b')
+        >>> QuantScheme(3, scale_bits=8).label
+        '3b-g64-s8'
         """
         if self.is_float:
             return f"{FLOAT_BITS}b"
-        return f"{self.bits}b-g{self.group_size}" + ("-sym" if self.symmetric else "")
+        symmetric = "-sym" if self.symmetric else ""
+        scales = f"-s{self.scale_bits}" if self.scale_bits != 16 else ""
+        return f"{self.bits}b-g{self.group_size}{symmetric}{scales}"
 
     @classmethod
     def parse(cls, label: str) -> QuantScheme:
@@ -76,27 +85,33 @@ class QuantScheme:
         """
         if label == f"{FLOAT_BITS}b":
             return cls(FLOAT_BITS)
-        match = re.fullmatch(r"(\d+)b-g(\d+)(-sym)?", label)
+        match = re.fullmatch(r"(\d+)b-g(\d+)(-sym)?(?:-s(\d+))?", label)
         if match is None:
             raise ValueError(
-                f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym' or '16b'"
+                f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym', '3b-g64-s8' or '16b'"
             )
-        return cls(int(match[1]), int(match[2]), match[3] is not None)
+        return cls(int(match[1]), int(match[2]), match[3] is not None, int(match[4] or 16))
 
     def n_groups(self, in_features: int) -> int:
         return 0 if self.is_float else -(-in_features // self.group_size)
+
+    def row_scales(self, in_features: int) -> int:
+        """Values of `scale_bits` stored per row: one a group, and the window of 8-bit scales."""
+        return self.n_groups(in_features) + (self.scale_bits == 8)
 
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Every bit this scheme writes for one weight: padded code rows, scales, packed zeros.
 
         >>> QuantScheme(3, 64).stored_bits(576, 576) / (576 * 576)
         3.296875
+        >>> QuantScheme(3, 64, scale_bits=8).stored_bits(576, 576) / (576 * 576)
+        3.185763888888889
         """
         if self.is_float:
             return FLOAT_BITS * out_features * in_features
         n_groups = self.n_groups(in_features)
         codes = out_features * row_words(in_features, self.bits) * WORD_BITS
-        scales = out_features * n_groups * SCALE_BITS
+        scales = out_features * self.row_scales(in_features) * self.scale_bits
         zeros = 0 if self.symmetric else n_groups * row_words(out_features, self.bits) * WORD_BITS
         return codes + scales + zeros
 
@@ -126,7 +141,7 @@ class QuantizedWeight:
 
     scheme: QuantScheme
     codes: Tensor  # (out_features, in_features) uint8
-    scales: Tensor  # (out_features, n_groups) float16
+    scales: Tensor  # (out_features, n_groups) float16, values that scheme.scale_bits can hold
     zeros: Tensor  # (out_features, n_groups) uint8, whole code values
     notes: tuple[str, ...] = ()  # what the quantizer had to do out of the ordinary
 

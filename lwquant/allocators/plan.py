@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,7 @@ def _plan_of(
 def write_plan(plan: BitPlan, path: Path) -> None:
     linears = {
         name: {
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "symmetric": scheme.symmetric,
+            **asdict(scheme),
             **({"cost": plan.costs[name]} if name in plan.costs else {}),
         }
         for name, scheme in plan.schemes.items()
@@ -111,7 +110,10 @@ def read_plan(path: Path, linears: Sequence[LinearSpec]) -> BitPlan:
         entry = entries[spec.name]
         try:
             scheme = QuantScheme(
-                int(entry["bits"]), int(entry.get("group_size", 64)), bool(entry.get("symmetric"))
+                int(entry["bits"]),
+                int(entry.get("group_size", 64)),
+                bool(entry.get("symmetric")),
+                int(entry.get("scale_bits", 16)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path}: {spec.name}: {error}") from error

@@ -1,8 +1,9 @@
-"""The on-disk format, version 1: tensor names and the `quantization_config` of config.json.
+"""The on-disk format, version 2: tensor names and the `quantization_config` of config.json.
 
 A quantized linear `name` is stored as
     name.qweight  int32    (out_features, row_words(in_features, bits))  codes, row by row
-    name.scales   float16  (out_features, n_groups)
+    name.scales   float16  (out_features, n_groups), or
+                  uint8    (out_features, 1 + n_groups)  with scale_bits 8; ops/scale_bytes.py
     name.zeros    int32    (n_groups, row_words(out_features, bits))     absent when symmetric
 and `name.bias` as it was. A linear left at 16 bits keeps `name.weight`. Names are module paths of
 the transformers model. No other file makes up these names.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,13 +21,14 @@ from torch import Tensor
 
 import lwquant.ops  # noqa: F401  (declares torch.ops.lwquant)
 from lwquant.errors import CheckpointError
+from lwquant.nn.linear import scale_dtype, stored_scales
 from lwquant.types import FLOAT_BITS, QuantizedWeight, QuantScheme, row_words
 
 QUANT_METHOD = "lwquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _CONFIG_KEYS = {"quant_method", "version", "bpw", "linears"}
-_LINEAR_KEYS = {"bits", "group_size", "symmetric"}
+_LINEAR_KEYS = {"bits", "group_size", "symmetric", "scale_bits"}
 
 
 def quantization_config(schemes: Mapping[str, QuantScheme], bpw: float) -> dict[str, Any]:
@@ -34,10 +37,7 @@ def quantization_config(schemes: Mapping[str, QuantScheme], bpw: float) -> dict[
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
         "bpw": bpw,
-        "linears": {
-            name: {"bits": s.bits, "group_size": s.group_size, "symmetric": s.symmetric}
-            for name, s in schemes.items()
-        },
+        "linears": {name: asdict(scheme) for name, scheme in schemes.items()},
     }
 
 
@@ -78,7 +78,7 @@ def tensors_of(name: str, quantized: QuantizedWeight) -> Iterator[tuple[str, Ten
         raise ValueError(f"{name}: a symmetric scheme stores no zeros, so all must be {middle}")
     pack = torch.ops.lwquant.pack
     yield f"{name}.qweight", pack(quantized.codes.contiguous(), scheme.bits)
-    yield f"{name}.scales", quantized.scales.contiguous()
+    yield f"{name}.scales", stored_scales(quantized)
     if not scheme.symmetric:
         yield f"{name}.zeros", pack(quantized.zeros.T.contiguous(), scheme.bits)
 
@@ -99,7 +99,7 @@ def layout_of(
     n_groups = scheme.n_groups(in_features)
     layout = {
         f"{name}.qweight": (torch.int32, (out_features, row_words(in_features, scheme.bits))),
-        f"{name}.scales": (torch.float16, (out_features, n_groups)),
+        f"{name}.scales": (scale_dtype(scheme), (out_features, scheme.row_scales(in_features))),
     }
     if not scheme.symmetric:
         layout[f"{name}.zeros"] = (torch.int32, (n_groups, row_words(out_features, scheme.bits)))
@@ -111,13 +111,13 @@ def _parse_linear(name: str, entry: Any) -> QuantScheme:
     if not isinstance(entry, Mapping):
         raise CheckpointError(f"{where} is {entry!r}, not an object")
     _check_keys(where, entry, _LINEAR_KEYS)
-    bits, group_size, symmetric = entry["bits"], entry["group_size"], entry["symmetric"]
-    if not (type(bits) is int and type(group_size) is int and type(symmetric) is bool):
-        raise CheckpointError(f"{where}: {dict(entry)} does not hold an int, an int and a bool")
-    if bits == FLOAT_BITS and (group_size, symmetric) != (0, False):
+    numbers = [entry[key] for key in ("bits", "group_size", "scale_bits")]
+    if not (all(type(number) is int for number in numbers) and type(entry["symmetric"]) is bool):
+        raise CheckpointError(f"{where}: {dict(entry)} does not hold three ints and a bool")
+    if entry["bits"] == FLOAT_BITS and (entry["group_size"], entry["symmetric"]) != (0, False):
         raise CheckpointError(f"{where}: 16 bits have no groups, got {dict(entry)}")
     try:
-        return QuantScheme(bits, group_size, symmetric)
+        return QuantScheme(**entry)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
 

@@ -91,7 +91,7 @@ class LwquantQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for module in model.modules():
-            if isinstance(module, QuantizedLinear) and module.scales.dtype != torch.float16:
+            if isinstance(module, QuantizedLinear) and module.scales.dtype == torch.float32:
                 # An architecture may ask for some modules in float32 by name. The scales were
                 # float16 in the file, so this narrowing is exact.
                 module.scales = module.scales.half()

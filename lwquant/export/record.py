@@ -38,6 +38,7 @@ class LinearRecord:
     bits: int
     group_size: int
     symmetric: bool
+    scale_bits: int
     cost: float | None = None
 
 
@@ -76,6 +77,7 @@ class RunRecord:
                 bits=entry.get("bits", _integer),
                 group_size=entry.get("group_size", _integer),
                 symmetric=entry.get("symmetric", _boolean),
+                scale_bits=entry.get("scale_bits", _integer),
                 cost=entry.optional("cost", _number),
             )
             for name, entry in keys.children("linears")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lwquant import ops
+from lwquant.ops.scale_bytes import encode_scales
 from lwquant.types import QuantizedWeight, QuantScheme, row_words
 
 
@@ -17,7 +18,8 @@ class QuantizedLinear(nn.Module):
 
     Buffers, the same in memory and in a file (bit layout: lwquant/ops/layout.py):
         qweight: (out_features, row_words(in_features, bits)) int32.
-        scales: (out_features, n_groups) float16, whatever dtype the module is moved to.
+        scales: (out_features, n_groups) float16, whatever dtype the module is moved to; with
+            scale_bits 8 (out_features, 1 + n_groups) uint8, see lwquant/ops/scale_bytes.py.
         zeros: (n_groups, row_words(out_features, bits)) int32; absent when symmetric.
     Parameter:
         bias: (out_features,) in the dtype of the model, or None.
@@ -47,11 +49,11 @@ class QuantizedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
-        n_groups = scheme.n_groups(in_features)
+        n_groups, n_scales = scheme.n_groups(in_features), scheme.row_scales(in_features)
         code_words = row_words(in_features, scheme.bits)
         zero_words = row_words(out_features, scheme.bits)
         qweight = torch.zeros(out_features, code_words, dtype=torch.int32, device=device)
-        scales = torch.zeros(out_features, n_groups, dtype=torch.float16, device=device)
+        scales = torch.zeros(out_features, n_scales, dtype=scale_dtype(scheme), device=device)
         zeros = torch.zeros(n_groups, zero_words, dtype=torch.int32, device=device)
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
@@ -67,7 +69,7 @@ class QuantizedLinear(nn.Module):
         _check_symmetric_zeros(quantized)
         layer = cls(in_features, out_features, scheme, bias=False)
         layer.qweight = ops.pack(quantized.codes, scheme.bits)
-        layer.scales = quantized.scales.detach().clone()
+        layer.scales = stored_scales(quantized).detach().clone()
         if not scheme.symmetric:
             layer.zeros = ops.pack(quantized.zeros.T.contiguous(), scheme.bits)
         if bias is not None:
@@ -108,19 +110,34 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # `.to(dtype)`, `.half()`, `.bfloat16()` would convert the scales and lose bits; as integers
         # they are moved like any buffer but never converted.
-        self._buffers["scales"] = self.scales.view(torch.int16)
+        dtype = self.scales.dtype
+        if dtype.is_floating_point:
+            self._buffers["scales"] = self.scales.view(torch.int16)
         try:
             super()._apply(fn, recurse)
         finally:
-            self._buffers["scales"] = self.scales.view(torch.float16)
+            self._buffers["scales"] = self.scales.view(dtype)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As every module, but scales of another dtype are refused rather than rounded."""
         given = state_dict.get(prefix + "scales")
-        if isinstance(given, Tensor) and given.dtype != torch.float16:
-            raise ValueError(f"{prefix}scales is {given.dtype}, expected torch.float16")
+        expected = scale_dtype(self.scheme)
+        if isinstance(given, Tensor) and given.dtype != expected:
+            raise ValueError(f"{prefix}scales is {given.dtype}, expected {expected}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def scale_dtype(scheme: QuantScheme) -> torch.dtype:
+    """The dtype that a scheme's scales are stored and computed with."""
+    return torch.uint8 if scheme.scale_bits == 8 else torch.float16
+
+
+def stored_scales(quantized: QuantizedWeight) -> Tensor:
+    """The scales as stored, (out_features, scheme.row_scales(in_features))."""
+    if quantized.scheme.scale_bits == 8:
+        return encode_scales(quantized.scales)
+    return quantized.scales.contiguous()
 
 
 def _check_symmetric_zeros(quantized: QuantizedWeight) -> None:

@@ -134,7 +134,7 @@ def linear_native(
             qweight.shape[1],
             in_features,
             scales.data_ptr(),
-            scales.shape[1],
+            *_scale_layout(scales),
             0 if zeros is None else zeros.data_ptr(),
             0 if zeros is None else zeros.shape[1],
             0 if bias is None else bias.data_ptr(),
@@ -184,7 +184,7 @@ def _dequantize_rows(
         qweight.shape[1],
         out.shape[1],
         scales.data_ptr(),
-        scales.shape[1],
+        *_scale_layout(scales),
         0 if zeros is None else zeros.data_ptr(),
         0 if zeros is None else zeros.shape[1],
         bits,
@@ -194,6 +194,12 @@ def _dequantize_rows(
         torch.get_num_threads(),
         out.data_ptr(),
     )
+
+
+def _scale_layout(scales: Tensor) -> tuple[bool, int]:
+    """Whether each scale is a byte, after the byte of its row's window, and groups per row."""
+    as_bytes = scales.dtype == torch.uint8
+    return as_bytes, scales.shape[1] - as_bytes
 
 
 def rounding_compiled(*tensors: Tensor | None) -> bool:
@@ -235,7 +241,12 @@ def round_block_native(
 
 
 def fit_groups_native(
-    rows: Tensor, importance: Tensor, shrinks: Sequence[float], bits: int, symmetric: bool
+    rows: Tensor,
+    importance: Tensor,
+    shrinks: Sequence[float],
+    bits: int,
+    symmetric: bool,
+    scale_mantissa: int,
 ) -> tuple[Tensor, Tensor]:
     """As quantizers.grid's search for the range of each group, (n,) scales and zeros."""
     n, size = rows.shape
@@ -254,6 +265,7 @@ def fit_groups_native(
         len(fractions),
         bits,
         symmetric,
+        scale_mantissa,
         torch.get_num_threads(),
         scales.data_ptr(),
         zeros.data_ptr(),

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lwquant.ops.layout import unpack_reference
+from lwquant.ops.scale_bytes import decode_scales
 
 
 def dequantize_reference(
@@ -19,7 +20,8 @@ def dequantize_reference(
 
     Args:
         qweight: (out_features, row_words(in_features, bits)) int32.
-        scales: (out_features, n_groups) float16.
+        scales: (out_features, n_groups) float16, or (out_features, 1 + n_groups) uint8 as
+            lwquant/ops/scale_bytes.py writes them.
         zeros: (n_groups, row_words(out_features, bits)) int32; None: every zero is 2**(bits−1).
     """
     codes = unpack_reference(qweight, bits, in_features)
@@ -28,6 +30,8 @@ def dequantize_reference(
         steps = codes.float() - 2.0 ** (bits - 1)
     else:
         steps = codes.float() - unpack_reference(zeros, bits, qweight.shape[0]).T.float()[:, group]
+    if scales.dtype == torch.uint8:
+        scales = decode_scales(scales)
     return steps * scales.float()[:, group]
 
 

@@ -66,13 +66,19 @@ def round_block_torch(
 
 
 def fit_groups(
-    rows: Tensor, importance: Tensor, shrinks: Sequence[float], bits: int, symmetric: bool
+    rows: Tensor,
+    importance: Tensor,
+    shrinks: Sequence[float],
+    bits: int,
+    symmetric: bool,
+    scale_mantissa: int,
 ) -> tuple[Tensor, Tensor] | None:
     """Scale and zero (n,) of groups (n, size), compiled; None where only torch can do it.
 
     Args:
         importance: (n_groups, size); row r has those of group r mod n_groups.
+        scale_mantissa: bits of a scale below its leading one.
     """
     if not rounding_compiled(rows, importance):
         return None
-    return fit_groups_native(rows, importance, shrinks, bits, symmetric)
+    return fit_groups_native(rows, importance, shrinks, bits, symmetric, scale_mantissa)

@@ -79,7 +79,10 @@ def _check_layer(
         raise LwquantError(f"a layer of {in_features} inputs and {out_features} outputs is empty")
     n_groups = -(-in_features // group_size)
     _check_tensor("qweight", qweight, torch.int32, (out_features, row_words(in_features, bits)))
-    _check_tensor("scales", scales, torch.float16, (out_features, n_groups))
+    if scales.dtype == torch.uint8:
+        _check_tensor("scales", scales, torch.uint8, (out_features, 1 + n_groups))
+    else:
+        _check_tensor("scales", scales, torch.float16, (out_features, n_groups))
     if zeros is not None:
         _check_tensor("zeros", zeros, torch.int32, (n_groups, row_words(out_features, bits)))
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from lwquant.ops.rounding import fit_groups
+from lwquant.ops.scale_bytes import MANTISSA_BITS, window_floor
 from lwquant.types import QuantScheme
 
 # Ranges tried by the clip search, as fractions of the full range; below a third, clipping has
 # never won at 2 bits on the weights we looked at, where it goes furthest.
 SHRINKS = torch.linspace(1.0, 0.36, 33).tolist()
+FLOAT16_END = 2.0**16  # what would follow the largest float16
 # Rows are handled in slices of about this many weights, so that the search stays in cache.
 SLICE_WEIGHTS = 1 << 18
 
@@ -22,7 +24,7 @@ class Grid:
     """Scales (float16 values) and whole zeros of every group, each (out_features, n_groups)."""
 
     scheme: QuantScheme
-    scales: Tensor  # float32, exactly representable in float16
+    scales: Tensor  # float32, values that the scheme's scale_bits can hold
     zeros: Tensor  # float32, whole numbers in [0, max_code]
 
     def round(self, weight: Tensor) -> Tensor:
@@ -61,9 +63,11 @@ def fit_grid(
     per_group = torch.nn.functional.pad(importance.float(), (0, padding)).view(n_groups, size)
     found = None
     if search:
-        found = fit_groups(grouped, per_group, SHRINKS, scheme.bits, scheme.symmetric)
+        how = scheme.bits, scheme.symmetric, scale_mantissa(scheme)
+        found = fit_groups(grouped, per_group, SHRINKS, *how)
     scales, zeros = found or _fit_slices(grouped, per_group, scheme, search)
     scales, zeros = scales.view(out_features, n_groups), zeros.view(out_features, n_groups)
+    scales = in_window(scales, scheme)
     if not torch.isfinite(scales).all():
         raise ValueError(
             f"a group of weights up to {weight.abs().max():.3g} overflows float16 scales"
@@ -115,18 +119,37 @@ def _fit_rows(
 def _grid_of(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     if scheme.symmetric:
         # 2^(b-1) negative steps and one fewer positive: the larger half carries the range.
-        scale = storable_scale(high / (2 ** (scheme.bits - 1) - 0.5))
+        scale = storable_scale(high / (2 ** (scheme.bits - 1) - 0.5), scheme)
         return scale, torch.full_like(scale, float(2 ** (scheme.bits - 1)))
-    scale = storable_scale((high - low) / scheme.max_code)
+    scale = storable_scale((high - low) / scheme.max_code, scheme)
     zero = (-low / scale).round_().clamp_(0, scheme.max_code)
     return scale, zero
 
 
-def storable_scale(scale: Tensor) -> Tensor:
-    """Round to float16 and keep above zero; an all-zero group gets scale 1."""
+def storable_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
+    """Round to the mantissa that the scheme stores, and keep above zero; 1 for an all-zero group.
+
+    Infinite where float16 ends. Scales of one row can still lie too far apart: see in_window().
+    """
     tiny = torch.finfo(torch.float16).smallest_normal
-    stored = torch.where(scale > 0, scale.clamp(min=tiny), torch.ones_like(scale))
-    return stored.half().float()
+    stored = torch.where(scale > 0, scale.clamp(min=tiny), torch.ones_like(scale)).float()
+    mantissa, exponent = torch.frexp(stored)  # in [0.5, 1): one bit fewer than float16 counts
+    steps = 2.0 ** (scale_mantissa(scheme) + 1)
+    stored = torch.ldexp((mantissa * steps).round_() / steps, exponent)
+    return torch.where(stored < FLOAT16_END, stored, torch.inf)
+
+
+def in_window(scales: Tensor, scheme: QuantScheme) -> Tensor:
+    """Raise scales (out_features, n_groups) that 8 bits cannot write beside their row's largest.
+
+    That leaves at most 2⁻¹⁵ of the largest: what such a group holds is nothing beside the others.
+    """
+    return torch.maximum(scales, window_floor(scales)) if scheme.scale_bits == 8 else scales
+
+
+def scale_mantissa(scheme: QuantScheme) -> int:
+    """Bits of a stored scale below its leading one."""
+    return MANTISSA_BITS if scheme.scale_bits == 8 else 10
 
 
 def _codes(rows: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
@@ -147,4 +170,4 @@ def _refit_scale(
     """Least-squares scale for the codes that `scale` gives; the old one if not positive."""
     steps = _codes(rows, scale, zero, scheme).sub_(zero[:, None])
     fit = (importance * steps * rows).sum(1) / (importance * steps.square()).sum(1).clamp(min=1e-30)
-    return storable_scale(torch.where(fit > 0, fit, scale))
+    return storable_scale(torch.where(fit > 0, fit, scale), scheme)

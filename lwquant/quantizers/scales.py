@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lwquant.quantizers.grid import Grid, storable_scale
+from lwquant.quantizers.grid import Grid, in_window, storable_scale
 
 RIDGE = 1e-6  # of the diagonal: groups whose codes are all zero, or say the same as another's
 
@@ -17,7 +17,7 @@ def refit_scales(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid) -> 
 
     Ŵ is linear in its scales, so that each row's are the solution of n_groups normal equations.
     A row keeps its old scales where the new ones are not better once they are positive and
-    rounded to float16.
+    rounded as they are stored.
 
     Args:
         weight, codes: (out_features, in_features).
@@ -42,7 +42,8 @@ def refit_scales(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid) -> 
     moved = torch.cholesky_solve(slack[:, :, None], lower)[:, :, 0]
     wanted = grid.scales.double() + moved
     usable = (info == 0) & torch.isfinite(wanted).all(1)
-    stored = storable_scale(torch.where(usable[:, None], wanted, grid.scales.double()).float())
+    kept = torch.where(usable[:, None], wanted, grid.scales.double()).float()
+    stored = in_window(storable_scale(kept, grid.scheme), grid.scheme)
     usable &= torch.isfinite(stored).all(1)
     step = torch.where(usable[:, None], stored - grid.scales, 0).double()
     gained = 2 * (slack * step).sum(1) - ((normal @ step[:, :, None])[:, :, 0] * step).sum(1)

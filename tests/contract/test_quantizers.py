@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracles import obs_codes, proxy_loss
 
+from lwquant.ops.scale_bytes import decode_scales, encode_scales
 from lwquant.quantizers import QUANTIZERS, gptq, rtn
 from lwquant.quantizers.gptq import inverse_cholesky
 from lwquant.quantizers.grid import fit_grid
@@ -37,9 +38,10 @@ def test_codes_are_in_range_and_shaped_like_the_weight(quantize, bits):
 @every_quantizer
 @every_width
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_output_error_is_not_above_plain_rounding(quantize, bits, symmetric):
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_output_error_is_not_above_plain_rounding(quantize, bits, symmetric, scale_bits):
     weight, stats = make_layer()
-    scheme = QuantScheme(bits, 16, symmetric)
+    scheme = QuantScheme(bits, 16, symmetric, scale_bits)
     got = proxy_loss(weight, quantize(weight, stats, scheme).dequantize(), stats.hessian)
     plain = proxy_loss(weight, rtn(weight, stats, scheme).dequantize(), stats.hessian)
     assert got <= plain * (1 + 1e-6)
@@ -65,9 +67,10 @@ def test_weights_on_the_grid_are_unchanged(quantize):
 
 
 @every_quantizer
-def test_rows_do_not_influence_each_other(quantize):
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_rows_do_not_influence_each_other(quantize, scale_bits):
     weight, stats = make_layer()
-    scheme = QuantScheme(3, 16)
+    scheme = QuantScheme(3, 16, scale_bits=scale_bits)
     whole = quantize(weight, stats, scheme).dequantize()
     changed = weight.clone()
     changed[5] *= -3
@@ -96,6 +99,15 @@ def test_zero_weights_and_silent_inputs_give_zero_and_finite_results(quantize):
     nothing = LayerStats(torch.zeros_like(silent), None, 1)
     got = quantize(weight, nothing, scheme).dequantize()
     assert (got - weight).abs().max() < weight.abs().max()
+
+
+@every_quantizer
+@every_width
+def test_scales_of_eight_bits_can_be_written(quantize, bits):
+    weight, stats = make_layer()
+    weight[3, :16] *= 1e4  # far beyond what the other groups of its row need
+    got = quantize(weight, stats, QuantScheme(bits, 16, scale_bits=8))
+    assert torch.equal(decode_scales(encode_scales(got.scales)), got.scales)
 
 
 @every_quantizer

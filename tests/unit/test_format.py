@@ -14,13 +14,24 @@ from lwquant.export.format import (
     quantization_config,
     tensors_of,
 )
+from lwquant.quantizers.grid import storable_scale
 from lwquant.types import WIDTHS, QuantizedWeight, QuantScheme
 
 SCHEMES = {
     "model.layers.0.q_proj": QuantScheme(3, 64),
     "model.layers.0.k_proj": QuantScheme(4, 128, symmetric=True),
     "model.layers.0.v_proj": QuantScheme(16),
+    "model.layers.0.o_proj": QuantScheme(3, 64, scale_bits=8),
 }
+
+
+def entry(bits, group_size, symmetric, scale_bits):
+    return {
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "scale_bits": scale_bits,
+    }
 
 
 def random_weight(scheme: QuantScheme, out_features: int, in_features: int) -> QuantizedWeight:
@@ -34,7 +45,7 @@ def random_weight(scheme: QuantScheme, out_features: int, in_features: int) -> Q
     return QuantizedWeight(
         scheme,
         codes((out_features, in_features)),
-        torch.rand(groups, generator=generator).half(),
+        storable_scale(torch.rand(groups, generator=generator) + 0.01, scheme).half(),
         middle if scheme.symmetric else codes(groups),
     )
 
@@ -44,15 +55,16 @@ def test_the_config_survives_json_and_parsing():
     assert parse_quantization_config(config) == (SCHEMES, 3.625)
 
 
-def test_the_config_is_spelled_as_version_1():
+def test_the_config_is_spelled_as_version_2():
     assert quantization_config(SCHEMES, 3.5) == {
         "quant_method": "lwquant",
-        "version": 1,
+        "version": 2,
         "bpw": 3.5,
         "linears": {
-            "model.layers.0.q_proj": {"bits": 3, "group_size": 64, "symmetric": False},
-            "model.layers.0.k_proj": {"bits": 4, "group_size": 128, "symmetric": True},
-            "model.layers.0.v_proj": {"bits": 16, "group_size": 0, "symmetric": False},
+            "model.layers.0.q_proj": entry(3, 64, False, 16),
+            "model.layers.0.k_proj": entry(4, 128, True, 16),
+            "model.layers.0.v_proj": entry(16, 0, False, 16),
+            "model.layers.0.o_proj": entry(3, 64, False, 8),
         },
     }
 
@@ -61,9 +73,9 @@ def test_the_config_is_spelled_as_version_1():
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method='gptq' is not 'lwquant'"),
-        ({"version": 2}, "version=2 is not 1"),
-        ({"version": True}, "version=True is not 1"),
-        ({"version": "1"}, "version='1' is not 1"),
+        ({"version": 1}, "version=1 is not 2"),
+        ({"version": True}, "version=True is not 2"),
+        ({"version": "2"}, "version='2' is not 2"),
         ({"desc_act": True}, "unknown keys: desc_act"),
         ({"bpw": "3.5"}, "bpw='3.5' is not a positive number"),
         ({"bpw": float("nan")}, "bpw=nan is not a positive number"),
@@ -72,7 +84,7 @@ def test_the_config_is_spelled_as_version_1():
         ({"linears": []}, "linears names no linear"),
     ],
 )
-def test_a_config_that_is_not_version_1_is_refused(change, message):
+def test_a_config_that_is_not_version_2_is_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
         parse_quantization_config(quantization_config(SCHEMES, 3.5) | change)
 
@@ -89,15 +101,17 @@ def test_a_config_that_lacks_a_key_is_refused_by_its_name(key):
     ("entry", "message"),
     [
         (4, "is 4, not an object"),
-        ({"bits": 4, "group_size": 64}, "lacks symmetric"),
-        ({"bits": 4, "group_size": 64, "symmetric": False, "zp": 1}, "unknown keys: zp"),
-        ({"bits": 9, "group_size": 64, "symmetric": False}, "bits=9"),
-        ({"bits": 1, "group_size": 64, "symmetric": False}, "bits=1"),
-        ({"bits": 4, "group_size": 0, "symmetric": False}, "group_size=0"),
-        ({"bits": 4.0, "group_size": 64, "symmetric": False}, "an int, an int and a bool"),
-        ({"bits": 4, "group_size": True, "symmetric": False}, "an int, an int and a bool"),
-        ({"bits": 4, "group_size": 64, "symmetric": 0}, "an int, an int and a bool"),
-        ({"bits": 16, "group_size": 64, "symmetric": False}, "16 bits have no groups"),
+        ({"bits": 4, "group_size": 64}, "lacks scale_bits, symmetric"),
+        ({**entry(4, 64, False, 16), "zp": 1}, "unknown keys: zp"),
+        (entry(9, 64, False, 16), "bits=9"),
+        (entry(1, 64, False, 16), "bits=1"),
+        (entry(4, 0, False, 16), "group_size=0"),
+        (entry(4, 64, False, 6), "scale_bits=6"),
+        (entry(4.0, 64, False, 16), "three ints and a bool"),
+        (entry(4, True, False, 16), "three ints and a bool"),
+        (entry(4, 64, 0, 16), "three ints and a bool"),
+        (entry(4, 64, False, "8"), "three ints and a bool"),
+        (entry(16, 64, False, 16), "16 bits have no groups"),
     ],
 )
 def test_a_linear_that_no_scheme_describes_is_refused_by_its_name(entry, message):
@@ -109,8 +123,9 @@ def test_a_linear_that_no_scheme_describes_is_refused_by_its_name(entry, message
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_tensors_have_the_stated_layout_and_exactly_the_stored_bits(bits, symmetric):
-    scheme = QuantScheme(bits, 48, symmetric)
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_tensors_have_the_stated_layout_and_exactly_the_stored_bits(bits, symmetric, scale_bits):
+    scheme = QuantScheme(bits, 48, symmetric, scale_bits)
     tensors = dict(tensors_of("up", random_weight(scheme, 33, 100)))
     layout = layout_of("up", 33, 100, scheme)
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == layout

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -79,7 +79,7 @@ def quantized(folder: Path) -> Path:
         bpw=bpw,
         size_bytes=n_bytes,
         original_size_bytes=(TINY / "model.safetensors").stat().st_size,
-        linears={n: LinearRecord(s.bits, s.group_size, s.symmetric) for n, s in schemes.items()},
+        linears={name: LinearRecord(**asdict(scheme)) for name, scheme in schemes.items()},
     )
     (folder / "lwquant.json").write_text(record.to_json())
     write_manifest(folder)

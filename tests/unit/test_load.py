@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from lwquant.export.save import ModelWriter
 from lwquant.model.checkpoint import Checkpoint
 from lwquant.model.structure import block_linears, features_of, find_blocks, get_weight
 from lwquant.nn.linear import QuantizedLinear
+from lwquant.quantizers.grid import storable_scale
 from lwquant.types import LinearSpec, QuantizedWeight, QuantScheme, plan_bpw
 
 # 100 and 48 leave a shorter last group in most of the tiny models' linears.
@@ -34,9 +35,10 @@ MENU = (
     QuantScheme(16),
     QuantScheme(6, 16),
     QuantScheme(8, 4096),
+    QuantScheme(3, 32, scale_bits=8),
 )
 SHARD_BYTES = 40_000
-EIGHT = {"bits": 8, "group_size": 64, "symmetric": False}
+EIGHT = asdict(QuantScheme(8, 64))
 TOKENS = torch.arange(3, 51).view(2, 24)  # enough for the kernels to compute in plain float32
 FEW_TOKENS = TOKENS[:1, :8]  # few enough to go through 16-bit activations
 
@@ -56,10 +58,10 @@ def rounded(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
         low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
         middle = torch.full_like(low, 2 ** (scheme.bits - 1))
         if scheme.symmetric:
-            scale = (torch.maximum(-low, high) / middle).half().float()
+            scale = storable_scale(torch.maximum(-low, high) / middle, scheme)
             zero = middle
         else:
-            scale = ((high - low) / scheme.max_code).half().float()
+            scale = storable_scale((high - low) / scheme.max_code, scheme)
             zero = (-low / scale).round().clamp(0, scheme.max_code)
         steps = (part / scale[:, None]).round() + zero[:, None]
         codes.append(steps.clamp(0, scheme.max_code).byte())
@@ -243,7 +245,7 @@ def test_bfloat16_reaches_everything_but_the_scales_and_stays_near(kind, folders
     model = from_pretrained(folders.output, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     scales = {m.scales.dtype for m in model.modules() if isinstance(m, QuantizedLinear)}
-    assert scales == {torch.float16}
+    assert scales == {torch.float16, torch.uint8}
     plain = dequantized_model(folders)
     exact = logits(plain)
     plain_error = (logits(plain.bfloat16()) - exact).norm()
@@ -352,7 +354,7 @@ def test_scales_stay_float16_where_an_architecture_keeps_modules_in_float32(llam
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"q_proj", "down_proj"})
     model = from_pretrained(llama.output, dtype=torch.bfloat16)
     scales = {m.scales.dtype for m in model.modules() if isinstance(m, QuantizedLinear)}
-    assert scales == {torch.float16}
+    assert scales == {torch.float16, torch.uint8}
     assert torch.equal(logits(model), before)
 
 
@@ -454,7 +456,7 @@ def test_a_truncated_shard_is_an_error_that_names_the_file(llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(version=2), "version=2 is not 1"),
+        (lambda q: q.update(version=3), "version=3 is not 2"),
         (lambda q: q["linears"].update({"model.nope": EIGHT}), "no module 'model.nope'"),
         (lambda q: q["linears"].update({"model.norm": EIGHT}), "'model.norm' is a .*Norm, not"),
     ],

@@ -20,6 +20,7 @@ from lwquant import ops
 from lwquant.errors import LwquantError
 from lwquant.ops.native import MAX_KERNEL_TOKENS
 from lwquant.ops.reference import dequantize_reference, linear_reference
+from lwquant.ops.scale_bytes import decode_scales
 from lwquant.types import WIDTHS
 
 STEP = 1 / 32767
@@ -190,6 +191,35 @@ def test_dequantizing_equals_plain_torch_bit_for_bit(isa, bits):
         assert torch.equal(got, dequantize_reference(*layer.stored, bits, group_size, in_features))
         steps = layer.codes.float() - layer.zero_codes.float()[:, layer.group]
         assert torch.equal(got, steps * layer.scales.float()[:, layer.group])
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 48, 7, 10_000])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scales_in_bytes_compute_as_the_same_scales_in_float16(isa, bits, group_size):
+    for out_features, in_features in SHAPES:
+        layer = random_layer(out_features, in_features, bits, group_size)
+        shape = out_features, 1 + layer.scales.shape[1]
+        written = torch.randint(256, shape, generator=torch.Generator().manual_seed(bits)).byte()
+        written[:, 0] = written[:, 0] % 15 + 1
+        qweight, _, zeros = layer.stored
+        x = random_inputs(3, in_features)
+        as_bytes, as_halves = (
+            (qweight, scales, zeros) for scales in (written, decode_scales(written))
+        )
+        for run in (
+            lambda layer: ops.linear(x, *layer, None, bits, group_size),  # noqa: B023
+            lambda layer: ops.dequantize(*layer, bits, group_size, in_features),  # noqa: B023
+        ):
+            got = run(as_bytes)
+            assert got.isfinite().all() and torch.equal(got, run(as_halves))
+        got = linear_reference(x, *as_bytes, None, bits, group_size)
+        assert torch.equal(got, linear_reference(x, *as_halves, None, bits, group_size))
+
+
+def test_scales_in_bytes_of_another_shape_are_refused():
+    qweight, scales, zeros = random_layer(8, 128, 4, 64).stored
+    with pytest.raises(LwquantError, match=r"scales has shape \(8, 2\), expected \(8, 3\)"):
+        ops.dequantize(qweight, scales.view(torch.uint8)[:, :2], zeros, 4, 64, 128)
 
 
 def test_plain_torch_is_within_the_bound_too():

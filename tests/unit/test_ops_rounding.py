@@ -9,7 +9,13 @@ from lwquant import ops
 from lwquant.ops import rounding
 from lwquant.ops.native import fit_groups_native, round_block_native
 from lwquant.ops.rounding import BLOCK_COLUMNS, round_block_torch, round_columns
-from lwquant.quantizers.grid import SHRINKS, _fit_slices, fit_grid
+from lwquant.quantizers.grid import (
+    SHRINKS,
+    _fit_slices,
+    fit_grid,
+    scale_mantissa,
+    storable_scale,
+)
 from lwquant.types import QuantScheme
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the kernels are not compiled")
@@ -83,23 +89,27 @@ def test_other_dtypes_go_through_torch(isa, monkeypatch):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("size", [64, 37, 5])
-def test_the_compiled_range_search_finds_grids_as_good_as_torch(isa, bits, symmetric, size):
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_the_compiled_range_search_finds_grids_as_good_as_torch(
+    isa, bits, symmetric, size, scale_bits
+):
     generator = torch.Generator().manual_seed(bits)
     rows = torch.randn(3 * 40, size, generator=generator)
     rows[0] = 0
     rows[1] = rows[1].abs()  # zero is below the range
     rows[2] *= 1e-9  # scales below float16's smallest
     importance = torch.rand(3, size, generator=generator)
-    scheme = QuantScheme(bits, size, symmetric)
+    scheme = QuantScheme(bits, size, symmetric, scale_bits)
+    mantissa = scale_mantissa(scheme)
 
     def errors(scales, zeros):
         steps = (rows / scales[:, None] + zeros[:, None]).round().clamp(0, scheme.max_code)
         missed = (steps - zeros[:, None]) * scales[:, None] - rows
         return (missed.square() * importance.repeat(40, 1)).sum(1)
 
-    got = fit_groups_native(rows, importance, SHRINKS, bits, symmetric)
+    got = fit_groups_native(rows, importance, SHRINKS, bits, symmetric, mantissa)
     wanted = _fit_slices(rows, importance, scheme, True)
-    assert torch.equal(got[0], got[0].half().float())  # storable
+    assert torch.equal(got[0], storable_scale(got[0], scheme))
     torch.testing.assert_close(errors(*got), errors(*wanted), rtol=1e-4, atol=1e-12)
     # A different candidate may win by the last digit of its error, nothing else may differ.
     same = (got[0] == wanted[0]) & (got[1] == wanted[1])
@@ -108,7 +118,7 @@ def test_the_compiled_range_search_finds_grids_as_good_as_torch(isa, bits, symme
 
 def test_groups_too_large_for_float16_become_infinite_and_are_refused(isa):
     rows = torch.full((1, 8), 1e9)
-    scales, _ = fit_groups_native(rows, torch.ones(1, 8), SHRINKS, 2, False)
+    scales, _ = fit_groups_native(rows, torch.ones(1, 8), SHRINKS, 2, False, 10)
     assert scales.isinf().all()
     with pytest.raises(ValueError, match="overflows float16"):
         fit_grid(rows, QuantScheme(2, 8))
@@ -122,6 +132,8 @@ def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="256"):
         round_block_native(*big, 7, None)
     with pytest.raises(ValueError, match="incomplete"):
-        fit_groups_native(torch.ones(3, 8), torch.ones(2, 8), SHRINKS, 3, False)
+        fit_groups_native(torch.ones(3, 8), torch.ones(2, 8), SHRINKS, 3, False, 10)
+    with pytest.raises(ValueError, match="mantissa"):
+        fit_groups_native(torch.ones(4, 8), torch.ones(2, 8), SHRINKS, 3, False, 11)
     with pytest.raises(ValueError, match="importance"):
-        fit_groups_native(torch.ones(4, 8), torch.ones(2, 7), SHRINKS, 3, False)
+        fit_groups_native(torch.ones(4, 8), torch.ones(2, 7), SHRINKS, 3, False, 10)

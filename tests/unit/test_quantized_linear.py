@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lwquant.nn.linear import QuantizedLinear
+from lwquant.nn.linear import QuantizedLinear, stored_scales
+from lwquant.quantizers.grid import in_window, storable_scale
 from lwquant.types import QuantizedWeight, QuantScheme
 
 SCHEMES = [
@@ -17,6 +18,7 @@ SCHEMES = [
     QuantScheme(5, 48),
     QuantScheme(8, 1000),
     QuantScheme(4, 64, symmetric=True),
+    QuantScheme(3, 64, scale_bits=8),
 ]
 by_label = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
 
@@ -27,7 +29,7 @@ def random_weight(scheme: QuantScheme, out_features: int = 24, in_features: int 
     return QuantizedWeight(
         scheme=scheme,
         codes=torch.randint(0, 2**scheme.bits, (out_features, in_features), dtype=torch.uint8),
-        scales=(torch.rand(shape) * 0.1 + 1e-6).half(),
+        scales=in_window(storable_scale(torch.rand(shape) * 0.1 + 1e-6, scheme), scheme).half(),
         zeros=torch.full_like(zeros, 2 ** (scheme.bits - 1)) if scheme.symmetric else zeros,
     )
 
@@ -79,13 +81,15 @@ def test_an_empty_layer_has_the_tensors_that_a_state_dict_fills(scheme):
         lambda m: m.bfloat16().float(),
     ],
 )
-def test_changing_the_dtype_of_a_model_leaves_the_scales_as_stored(move):
-    quantized = random_weight(SCHEMES[1])
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_changing_the_dtype_of_a_model_leaves_the_scales_as_stored(move, scale_bits):
+    quantized = random_weight(QuantScheme(3, 64, scale_bits=scale_bits))
     model = nn.Sequential(QuantizedLinear.from_weight(quantized, torch.randn(24)))
     expected = move(nn.Linear(1, 1)).weight.dtype
     move(model)
     layer = model[0]
-    assert layer.scales.dtype == torch.float16 and torch.equal(layer.scales, quantized.scales)
+    stored = stored_scales(quantized)
+    assert layer.scales.dtype == stored.dtype and torch.equal(layer.scales, stored)
     assert torch.equal(layer.dequantize(), quantized.dequantize())
     assert layer.bias.dtype == expected
 

@@ -18,7 +18,8 @@ def test_a_file_sets_what_it_names_and_keeps_the_rest(tmp_path):
     recipe = load_recipe(path)
     assert recipe.bits == (3, 4) and recipe.n_samples == Recipe().n_samples
     assert metric_of(recipe.metric).keywords == {"flatten": True}
-    assert [s.label for s in recipe.schemes()] == ["3b-g64", "4b-g64"]
+    assert [s.label for s in recipe.schemes()] == ["3b-g64-s8", "4b-g64-s8"]
+    assert [s.label for s in recipe.changed(scale_bits=16).schemes()] == ["3b-g64", "4b-g64"]
 
 
 def test_more_group_sizes_make_a_finer_menu_whose_steps_only_grow(tmp_path):
@@ -26,7 +27,8 @@ def test_more_group_sizes_make_a_finer_menu_whose_steps_only_grow(tmp_path):
     path.write_text("bits = [3, 2, 16]\nmore_group_sizes = [128, 32]\n")
     recipe = load_recipe(path)
     labels = [scheme.label for scheme in recipe.schemes()]
-    assert labels == ["2b-g128", "2b-g64", "2b-g32", "3b-g128", "3b-g64", "3b-g32", "16b"]
+    widths = ["2b-g128", "2b-g64", "2b-g32", "3b-g128", "3b-g64", "3b-g32"]
+    assert labels == [*(f"{label}-s8" for label in widths), "16b"]
     sizes = [scheme.stored_bits(256, 256) for scheme in recipe.schemes()]
     assert sizes == sorted(sizes)
     assert recipe.scheme(3).group_size == 64  # what a pin to 3 bits means
