@@ -26,12 +26,19 @@ def weight_gradient(inputs: Tensor, gradients: Tensor) -> Tensor:
 
 
 def backward_block(
-    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor, term: Term
+    decoder: Decoder,
+    index: int,
+    block: nn.Module,
+    hidden: Tensor,
+    gradient: Tensor,
+    term: Term,
+    *,
+    seen: Callable[[LinearSpec, Tensor], None] | None = None,
 ) -> dict[LinearSpec, Tensor]:
     """The term of every linear of a loaded block, summed over the windows.
 
     `hidden` and `gradient` are (n_samples, seq_len, hidden); `gradient` is of the block's output,
-    and becomes that of its input.
+    and becomes that of its input. `seen` is shown each linear's inputs (n_tokens, in_features).
     """
     sums: dict[LinearSpec, Tensor] = {}
 
@@ -45,6 +52,8 @@ def backward_block(
 
             if output.requires_grad:  # the decoder may run the block once more to learn its calls
                 output.register_hook(caught)
+                if seen is not None:
+                    seen(spec, inputs)
 
         return hook
 

@@ -23,7 +23,7 @@ from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
 from lwquant.sensitivity.backward import backward_block, sampled_gradient, squared_outputs
 from lwquant.sensitivity.measurement import Measurement
-from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
+from lwquant.sensitivity.walk import InputSums, block_inputs, weight_changes
 from lwquant.types import LayerStats, QuantScheme
 
 
@@ -47,10 +47,11 @@ def fisher(
     for index in reversed(range(decoder.n_blocks)):
         progress("sensitivity", f"block {index}", final - index, decoder.n_blocks)
         with decoder.loaded(index) as block:
+            sums = InputSums(decoder.block_linears(index))
             squares = backward_block(
-                decoder, index, block, inputs[index], gradient, squared_outputs
+                decoder, index, block, inputs[index], gradient, squared_outputs, seen=sums.add
             )
-            stats = block_stats(decoder, index, block, inputs[index])
+            stats = sums.results()
             rows = []
             for spec in decoder.block_linears(index):
                 module = block.get_submodule(decoder.local_name(spec))

@@ -62,20 +62,43 @@ def block_inputs(
     return inputs, outputs
 
 
+class InputSums:
+    """Statistics by input group of one block's linears, from inputs shown a few at a time."""
+
+    def __init__(self, linears: Sequence[LinearSpec]) -> None:
+        # What linears have in common is added once, when the first of them is shown.
+        self._first = {spec.input_group: spec for spec in reversed(linears)}
+        self._sums = {group: StatsAccumulator() for group in self._first}
+
+    @property
+    def specs(self) -> dict[int, LinearSpec]:
+        """The linears whose inputs are wanted, by input group."""
+        return self._first
+
+    def add(self, spec: LinearSpec, inputs: Tensor) -> None:
+        """Take (..., in_features) inputs of any of the linears."""
+        if spec == self._first[spec.input_group]:
+            self._sums[spec.input_group].add(inputs)
+
+    def results(self) -> dict[int, LayerStats]:
+        return {group: accumulator.result() for group, accumulator in self._sums.items()}
+
+
 @torch.no_grad()
 def block_stats(
     decoder: Decoder, index: int, block: nn.Module, hidden: Tensor
 ) -> dict[int, LayerStats]:
     """Statistics by input group of one block for its inputs (n_samples, seq_len, hidden)."""
-    first = {spec.input_group: spec for spec in reversed(decoder.block_linears(index))}
-    modules = {g: block.get_submodule(decoder.local_name(spec)) for g, spec in first.items()}
-    sums = {group: StatsAccumulator() for group in modules}
+    sums = InputSums(decoder.block_linears(index))
+    modules = {
+        group: block.get_submodule(decoder.local_name(spec)) for group, spec in sums.specs.items()
+    }
     for rows in chunks(*hidden.shape[:2]):
         with catching_inputs(modules, stop=True) as caught:
             decoder.run(index, block, hidden[rows])
         for group, inputs in caught.items():
-            sums[group].add(inputs)
-    return {group: accumulator.result() for group, accumulator in sums.items()}
+            sums.add(sums.specs[group], inputs)
+    return sums.results()
 
 
 @torch.no_grad()
