@@ -1,0 +1,229 @@
+"""What each ingredient of the default preset is worth: removed or changed one at a time, by seeds.
+
+    python benchmarks/ablation.py                        # every row that results/ablation.csv lacks
+    python benchmarks/ablation.py --model stories260k    # true float32, seconds a row
+    python benchmarks/ablation.py --only scale --seeds 0
+    python benchmarks/ablation.py --table
+
+All variants of a model get the same true bits per weight. A seed draws the calibration windows. On
+SmolLM2-135M calibration is half C4, half Wikipedia, and two other domains are tested: WikiText-2
+and source code. The stories of stories260k are split into halves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rows import HERE, append, commit, machine, stored
+
+CSV = HERE / "results" / "ablation.csv"
+WORK = HERE.parent / "demo"
+SHARED = HERE.parent.parent / "shared"
+
+# Changes of the default recipe. "default" is what the others are compared with; those above the
+# line take an ingredient out, those below try another one.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "scales in 16 bits": {"scale_bits": 16},
+    "uniform plan": {"allocator": "uniform"},
+    "one group size": {"more_group_sizes": ()},
+    "costs by output error": {"metric": "output_error"},
+    "no propagation": {"correction": "none"},
+    "propagation without the residual": {"correction": {"name": "qep", "repair_residual": False}},
+    "propagation of fixed strength": {"correction": {"name": "qep", "strength": 0.5}},
+    "no range search": {"quantizer": {"name": "gptq", "search": False}},
+    "no activation order": {"quantizer": {"name": "gptq", "act_order": False}},
+    "plain rounding": {"quantizer": {"name": "rtn", "search": True}},
+    "quantease": {"quantizer": "quantease"},
+}
+TESTS = {
+    "smollm2": {"wikitext": "wikitext-2-raw-test.txt", "code": "code.utf8"},
+    "stories260k": {"stories": ""},
+}
+# True bits; the plans of a uniform variant are the largest that fit.
+BUDGETS = {"smollm2": (3.3,), "stories260k": (2.8, 3.3, 4.3)}
+SETTINGS = {
+    "smollm2": {"n_samples": 64, "seq_len": 512, "held_out": 2},
+    "stories260k": {"n_samples": 48, "seq_len": 256, "held_out": 2},
+}
+WINDOWS = {"smollm2": 12, "stories260k": 48}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantized model on one text."""
+
+    model: str
+    variant: str
+    seed: int
+    text: str
+    budget: float
+    bpw: float
+    kl_divergence: float
+    perplexity: float
+    seconds: float  # metric, plan and quantization of the run; shared by its texts
+    commit: str
+    machine: str
+
+
+def run(model: str, variant: str, seed: int) -> list[Row]:
+    """All budgets and texts of a variant, in this process."""
+    import torch
+
+    from lwquant.capture.tokens import tokenize
+    from lwquant.evaluation.windows import evenly_spread_windows
+    from lwquant.held_out import compare_streams
+    from lwquant.matmul import fast_float32
+    from lwquant.prepare import open_model, prepare_tokens
+    from lwquant.recipe import load_recipe, rounding_of
+    from lwquant.sequential import Streams, quantize_blocks
+    from lwquant.stages import measure, plan_report
+
+    folder, sources, tests = texts_of(model)
+    recipe = load_recipe("default").changed(
+        **SETTINGS[model], sources=sources, seed=seed, **VARIANTS[variant]
+    )
+    if recipe.allocator == "uniform":
+        recipe = recipe.changed(metric="outlier_count")  # needs no costs: the cheapest fills in
+    rounding = rounding_of(recipe.quantizer, recipe.correction)
+    rows = []
+    with fast_float32():
+        opened = open_model(folder)
+        calibration = prepare_tokens(opened, recipe).calibration
+        windows = {
+            name: evenly_spread_windows(
+                tokenize(text, opened.tokenizer), recipe.seq_len, WINDOWS[model]
+            )
+            for name, text in tests.items()
+        }
+        start = time.monotonic()
+        report = measure(opened, calibration, recipe, _quiet)
+        measuring = time.monotonic() - start
+        n = len(calibration.tokens)
+        for budget in BUDGETS[model]:
+            start = time.monotonic()
+            plan = plan_report(report, budget, recipe=recipe)
+            streams = Streams.start(
+                opened.decoder, torch.cat([calibration.tokens, *windows.values()]), n
+            )
+            for _ in quantize_blocks(
+                opened.decoder,
+                streams,
+                plan.schemes,
+                rounding.quantizer,
+                rounding.correction,
+                needs_drift=rounding.needs_drift,
+            ):
+                pass
+            seconds = measuring + time.monotonic() - start
+            at = n
+            for name, tokens in windows.items():
+                part = slice(at, at + len(tokens))
+                at += len(tokens)
+                found = compare_streams(
+                    opened.decoder, streams.quantized[part], streams.floating[part], tokens
+                )
+                rows.append(
+                    Row(
+                        model,
+                        variant,
+                        seed,
+                        name,
+                        budget,
+                        plan.bpw,
+                        found.kl_divergence,
+                        found.perplexity,
+                        seconds,
+                        commit(),
+                        machine(),
+                    )
+                )
+    return rows
+
+
+def texts_of(model: str) -> tuple[Path, tuple[str, ...], dict[str, str]]:
+    """The model, its calibration sources, and the texts to test on."""
+    data = SHARED / "data"
+    if model == "smollm2":
+        from smollm2 import fetch
+
+        texts = {
+            name: (data / file).read_text(encoding="utf-8") for name, file in TESTS[model].items()
+        }
+        return fetch(WORK), (str(data / "c4.utf8"), str(data / "wiki.utf8")), texts
+    text = (data / "tiny.utf8").read_text(encoding="utf-8")
+    middle = text.index("<|endoftext|>", len(text) // 2)
+    WORK.mkdir(exist_ok=True)
+    half = WORK / "stories-calibration.txt"
+    half.write_text(text[:middle], encoding="utf-8")
+    return SHARED / "models" / model, (str(half),), {"stories": text[middle:]}
+
+
+def _quiet(stage: str, item: str, done: int, total: int) -> None:
+    pass
+
+
+def print_table(rows: list[Row]) -> None:
+    """Markdown: mean and spread over seeds, and the ratio to the default's mean."""
+    print("| model | text | budget | variant | bpw | KL, mean ± deviation (seeds) | / default |")
+    print("|---|---|---|---|---|---|---|")
+    groups: dict[tuple[str, str, float], dict[str, list[Row]]] = {}
+    for row in rows:
+        by_variant = groups.setdefault((row.model, row.text, row.budget), {})
+        by_variant.setdefault(row.variant, []).append(row)
+    for (model, text, budget), by_variant in sorted(groups.items()):
+        means = {v: statistics.mean(r.kl_divergence for r in rs) for v, rs in by_variant.items()}
+        for variant in [v for v in VARIANTS if v in by_variant]:
+            same = by_variant[variant]
+            values = [row.kl_divergence for row in same]
+            spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "?"
+            bpw = statistics.mean(row.bpw for row in same)
+            ratio = f"{means[variant] / means['default']:.3f}" if "default" in means else ""
+            print(
+                f"| {model} | {text} | {budget} | {variant} | {bpw:.3f} | "
+                f"{means[variant]:.4f} ± {spread} ({len(values)}) | {ratio} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="", choices=["", *TESTS])
+    parser.add_argument("--only", default="", help="variants whose name holds this")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--table", action="store_true", help="print what is stored")
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row:
+        model, variant, seed = arguments.row
+        print(json.dumps([asdict(row) for row in run(model, variant, int(seed))]))
+        return
+    done = {(row.model, row.variant, row.seed) for row in stored(Row, CSV)}
+    wanted = [
+        (model, variant, seed)
+        for seed in map(int, arguments.seeds.split(","))
+        for model in TESTS
+        for variant in VARIANTS
+        if arguments.model in ("", model) and arguments.only in variant
+    ]
+    for job in [] if arguments.table else wanted:
+        if job in done:
+            continue
+        command = [sys.executable, __file__, "--row", *map(str, job)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        for values in json.loads(output.splitlines()[-1]):
+            row = Row(**values)
+            append(row, CSV)
+            print(f"{job} {row.text} {row.budget}: KL {row.kl_divergence:.4f}", file=sys.stderr)
+    print_table(stored(Row, CSV))
+
+
+if __name__ == "__main__":
+    main()
