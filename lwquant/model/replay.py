@@ -53,10 +53,10 @@ def endings(
             first, *rest = output if isinstance(output, tuple) else (output,)
             if any(value is not None for value in rest):
                 return  # a second result would have to be known, too
-            for name in inside:
-                own, before = outputs.get(name, (None, None))
+            for name in set(inside).intersection(outputs):
+                own, before = outputs[name]
                 # The same tensor, and nobody has added to it in place.
-                if first is own and before is not None and torch.equal(first, before):
+                if first is own and torch.equal(first, before):
                     as_tuple = tuple(rest) if isinstance(output, tuple) else None
                     found[name] = Ending(module, linears[name], as_tuple)
 
