@@ -14,6 +14,7 @@ from lwquant.capture.stats import StatsAccumulator
 from lwquant.corrections import Correction
 from lwquant.errors import RoundingError
 from lwquant.model.decoder import Decoder
+from lwquant.model.replay import Ending, Replay, endings
 from lwquant.model.residual import Residual, residual_writers
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
@@ -115,10 +116,13 @@ def _quantize_block(
         original = advance_and_catch(decoder, index, block, streams, first)
     else:  # only the held-out samples are ever compared with the float model
         advance(decoder, index, block, streams.floating[streams.n_calibration :])
+    replay, ends = Replay(), _endings(decoder, index, block, groups, streams)
     for group, members in groups.items():
         stats = None
         if group in rounded:
-            stats = record_stats(decoder, index, block, members, streams, original)
+            stats = record_stats(
+                decoder, index, block, members, streams, original, replay, ends.get(group)
+            )
         for spec in members:
             module = _module(decoder, block, spec)
             if stats is None or schemes[spec.name].is_float:
@@ -126,7 +130,40 @@ def _quantize_block(
                 continue
             progress("quantize", spec.name, index, decoder.n_blocks)
             yield _quantize_one(spec, module, stats, schemes, quantizer, correction)
-    advance(decoder, index, block, streams.quantized)
+    for number, rows in enumerate(_calibration_chunks(streams)):
+        with replay.chunk(number):
+            streams.quantized[rows] = decoder.run(index, block, streams.quantized[rows])
+    advance(decoder, index, block, streams.quantized[streams.n_calibration :])
+
+
+def _endings(
+    decoder: Decoder,
+    index: int,
+    block: nn.Module,
+    groups: Mapping[int, Sequence[LinearSpec]],
+    streams: Streams,
+) -> dict[int, Ending]:
+    """By input group, the submodule that need not run once the group's inputs are recorded.
+
+    It ends in the group's only linear, and holds none of a later group.
+    """
+    few = streams.quantized[:2]
+    modules = {
+        decoder.local_name(spec): _module(decoder, block, spec)
+        for members in groups.values()
+        for spec in members
+    }
+    found = endings(block, modules, partial(decoder.run, index, block, few))
+    usable = {}
+    for group, members in groups.items():
+        ending = found.get(decoder.local_name(members[0]))
+        if ending is None or len(members) > 1:
+            continue
+        inside = set(ending.module.modules())
+        later = [s for other, specs in groups.items() if other > group for s in specs]
+        if not any(_module(decoder, block, spec) in inside for spec in later):
+            usable[group] = ending
+    return usable
 
 
 def _module(decoder: Decoder, block: nn.Module, spec: LinearSpec) -> nn.Module:
@@ -159,12 +196,15 @@ def record_stats(
     members: Sequence[LinearSpec],
     streams: Streams,
     original: FloatBlock | None,
+    replay: Replay,
+    ending: Ending | None,
 ) -> LayerStats:
     """Statistics of the input that `members`, linears of the block as it is now, have in common.
 
     Args:
         original: the float model's block, where the drift from it is wanted; the members' inputs
             are taken out of it. The streams' floating part is past this block then.
+        replay: what need not run any more; `ending` joins it with the inputs found here.
     """
     module = _module(decoder, block, members[0])
     float_inputs, residual = None, None
@@ -172,11 +212,14 @@ def record_stats(
         float_inputs = original.inputs.pop(members[0].input_group)
         if len(members) == 1:  # shared inputs lead into a block, writers lead out of it
             residual = original.writers.get(decoder.local_name(members[0]))
-    accumulator = StatsAccumulator()
-    for number, rows in enumerate(chunks(streams.n_calibration, streams.quantized.shape[1])):
+    accumulator, kept = StatsAccumulator(), []
+    for number, rows in enumerate(_calibration_chunks(streams)):
         entry = streams.quantized[rows]
-        with catching_inputs({0: module}, stop=residual != "output") as caught:
+        stop = residual != "output"
+        with replay.chunk(number), catching_inputs({0: module}, stop=stop) as caught:
             output = decoder.run(index, block, entry)
+        if ending is not None:
+            kept.append(caught[0])
         if original is None or float_inputs is None:
             accumulator.add(caught[0])
             continue
@@ -187,6 +230,8 @@ def record_stats(
             own = nn.functional.linear(float_inputs[number] - caught[0], get_weight(module))
             owed = streams.floating[rows] - output - own.reshape(output.shape)
         accumulator.add(caught[0], float_inputs[number], owed)
+    if ending is not None:
+        replay.add(ending, kept)
     return accumulator.result()
 
 
@@ -220,6 +265,10 @@ def advance(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) -> N
     """Replace hidden (n_samples, seq_len, hidden) by the block's output, in place."""
     for rows in chunks(hidden.shape[0], hidden.shape[1]):
         hidden[rows] = decoder.run(index, block, hidden[rows])
+
+
+def _calibration_chunks(streams: Streams) -> Iterator[slice]:
+    return chunks(streams.n_calibration, streams.quantized.shape[1])
 
 
 def chunks(n_samples: int, seq_len: int) -> Iterator[slice]:
