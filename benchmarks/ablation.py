@@ -120,7 +120,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
                 plan.schemes,
                 rounding.quantizer,
                 rounding.correction,
-                needs_drift=rounding.needs_drift,
+                records=rounding.records,
             ):
                 pass
             seconds = measuring + time.monotonic() - start

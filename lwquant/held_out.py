@@ -63,7 +63,7 @@ def measure_plan(
         plan.schemes,
         rounding.quantizer,
         rounding.correction,
-        needs_drift=rounding.needs_drift,
+        records=rounding.records,
         progress=progress,
     ):
         (waiting.append if tunes else keep)(done)

@@ -15,7 +15,7 @@ from lwquant.corrections import CORRECTIONS
 from lwquant.errors import LwquantError
 from lwquant.quantizers import QUANTIZERS
 from lwquant.sensitivity import METRICS
-from lwquant.types import QuantScheme
+from lwquant.types import QuantScheme, Records
 
 Method = str | Mapping[str, Any] | Callable[..., Any]
 
@@ -148,7 +148,7 @@ class Rounding:
 
     quantizer: Callable[..., Any]
     correction: Callable[..., Any] | None
-    needs_drift: bool
+    records: Records
 
 
 def rounding_of(quantizer: Method, correction: Method) -> Rounding:
@@ -156,15 +156,24 @@ def rounding_of(quantizer: Method, correction: Method) -> Rounding:
     resolved = _look_up("quantizer", QUANTIZERS, quantizer)
     named = {"name": correction} if isinstance(correction, str) else correction
     if isinstance(named, Mapping) and named.get("name") == "none":
-        return Rounding(resolved, None, False)
+        return Rounding(resolved, None, "inputs")
     if isinstance(named, Mapping) and named.get("name") == "gptaq":
         base = resolved.func if isinstance(resolved, partial) else resolved
         if base is not QUANTIZERS["gptq"]:
             raise LwquantError("correction 'gptaq' is a term inside GPTQ: use quantizer 'gptq'")
         strength = float(named.get("strength", 0.25))
-        return Rounding(partial(resolved, asymmetry=strength), None, True)
+        return Rounding(partial(resolved, asymmetry=strength), None, "all")
     choices = {**CORRECTIONS, "none": None, "gptaq": None}
-    return Rounding(resolved, _look_up("correction", choices, correction), True)
+    found = _look_up("correction", choices, correction)
+    return Rounding(resolved, found, _records_of(found))
+
+
+def _records_of(correction: Callable[..., Any]) -> Records:
+    base, settings = correction, {}
+    if isinstance(correction, partial):
+        base, settings = correction.func, correction.keywords
+    as_it_is = base is CORRECTIONS["qep"] and settings.get("repair_residual", True)
+    return "owed" if as_it_is else "all"
 
 
 def _look_up(family: str, listed: Mapping[str, Any], method: Method) -> Callable[..., Any]:

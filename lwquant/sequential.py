@@ -19,7 +19,7 @@ from lwquant.model.residual import Residual, residual_writers
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
-from lwquant.types import LayerStats, LinearSpec, QuantizedWeight, QuantScheme
+from lwquant.types import LayerStats, LinearSpec, QuantizedWeight, QuantScheme, Records
 
 TOKENS_PER_RUN = 2048  # activations of one block call; large enough for the matrix products
 
@@ -67,17 +67,17 @@ def quantize_blocks(
     quantizer: Quantizer,
     correction: Correction | None = None,
     *,
-    needs_drift: bool | None = None,
+    records: Records | None = None,
     progress: Progress = silent,
 ) -> Iterator[QuantizedLinearResult]:
     """Quantize every linear in forward order; yields each as it is done.
 
     The linears of a block that read the same tensor share one set of statistics; it is recorded
     after the linears before them in the block were quantized. `streams` ends up after the last
-    block. `needs_drift` asks for what the float model does differently, in the linears' inputs and
-    in the residual stream (default: when there is a correction).
+    block. `records` asks for what the float model does differently: "owed" for what error
+    propagation reads, "all" (the default where there is a correction) for every linear's drift too.
     """
-    needs_drift = correction is not None if needs_drift is None else needs_drift
+    records = records or ("inputs" if correction is None else "all")
     for index in range(decoder.n_blocks):
         with decoder.loaded(index) as block:
             yield from _quantize_block(
@@ -88,7 +88,7 @@ def quantize_blocks(
                 schemes,
                 quantizer,
                 correction,
-                needs_drift,
+                records,
                 progress,
             )
     progress("quantize", "done", decoder.n_blocks, decoder.n_blocks)
@@ -102,7 +102,7 @@ def _quantize_block(
     schemes: Mapping[str, QuantScheme],
     quantizer: Quantizer,
     correction: Correction | None,
-    needs_drift: bool,
+    records: Records,
     progress: Progress,
 ) -> Iterator[QuantizedLinearResult]:
     groups: dict[int, list[LinearSpec]] = {}
@@ -111,9 +111,9 @@ def _quantize_block(
     rounded = {g for g, specs in groups.items() if any(not schemes[s.name].is_float for s in specs)}
     # The float stream goes first, through weights that are still the original ones.
     original = None
-    if needs_drift:
-        first = {group: _module(decoder, block, groups[group][0]) for group in rounded}
-        original = advance_and_catch(decoder, index, block, streams, first)
+    if records != "inputs":
+        first = {group: groups[group][0] for group in rounded}
+        original = advance_and_catch(decoder, index, block, streams, first, records)
     else:  # only the held-out samples are ever compared with the float model
         advance(decoder, index, block, streams.floating[streams.n_calibration :])
     replay, ends = Replay(), _endings(decoder, index, block, groups, streams)
@@ -121,7 +121,7 @@ def _quantize_block(
         stats = None
         if group in rounded:
             stats = record_stats(
-                decoder, index, block, members, streams, original, replay, ends.get(group)
+                decoder, index, block, members, streams, original, records, replay, ends.get(group)
             )
         for spec in members:
             module = _module(decoder, block, spec)
@@ -196,6 +196,7 @@ def record_stats(
     members: Sequence[LinearSpec],
     streams: Streams,
     original: FloatBlock | None,
+    records: Records,
     replay: Replay,
     ending: Ending | None,
 ) -> LayerStats:
@@ -204,12 +205,13 @@ def record_stats(
     Args:
         original: the float model's block, where the drift from it is wanted; the members' inputs
             are taken out of it. The streams' floating part is past this block then.
+        records: see quantize_blocks().
         replay: what need not run any more; `ending` joins it with the inputs found here.
     """
     module = _module(decoder, block, members[0])
     float_inputs, residual = None, None
     if original is not None:
-        float_inputs = original.inputs.pop(members[0].input_group)
+        float_inputs = original.inputs.pop(members[0].input_group, None)
         if len(members) == 1:  # shared inputs lead into a block, writers lead out of it
             residual = original.writers.get(decoder.local_name(members[0]))
     accumulator, kept = StatsAccumulator(), []
@@ -220,16 +222,15 @@ def record_stats(
             output = decoder.run(index, block, entry)
         if ending is not None:
             kept.append(caught[0])
-        if original is None or float_inputs is None:
-            accumulator.add(caught[0])
-            continue
+        drift = None if float_inputs is None else float_inputs[number] - caught[0]
         owed = None
-        if residual == "input":
-            owed = original.entry[rows] - entry
-        elif residual == "output":  # the block's outputs hold what the linear itself puts out, too
-            own = nn.functional.linear(float_inputs[number] - caught[0], get_weight(module))
-            owed = streams.floating[rows] - output - own.reshape(output.shape)
-        accumulator.add(caught[0], float_inputs[number], owed)
+        if residual == "output":  # which holds what the linear itself puts out, too
+            owed = streams.floating[rows] - output
+        elif residual == "input":
+            assert original is not None and drift is not None
+            own = nn.functional.linear(drift, get_weight(module))
+            owed = original.entry[rows] - entry + own.reshape(entry.shape)
+        accumulator.add(caught[0], None if owed is not None and records == "owed" else drift, owed)
     if ending is not None:
         replay.add(ending, kept)
     return accumulator.result()
@@ -240,16 +241,23 @@ def advance_and_catch(
     index: int,
     block: nn.Module,
     streams: Streams,
-    modules: Mapping[int, nn.Module],
+    linears: Mapping[int, LinearSpec],
+    records: Records,
 ) -> FloatBlock:
-    """Advance the float stream, keeping the inputs of the block and of its modules, by their key.
+    """Advance the float stream, keeping the inputs of the block and of its linears, by their key.
 
     One pass through the float block then serves all its linears, for the memory of their inputs.
+    Those of a linear whose error can be read off the block's output are kept for "all" only.
     """
     n, seq_len = streams.n_calibration, streams.floating.shape[1]
     entry = streams.floating[:n].clone()
     few = entry[:2]
     writers = residual_writers(block, few, partial(decoder.run, index, block, few))
+    modules = {
+        key: _module(decoder, block, spec)
+        for key, spec in linears.items()
+        if records == "all" or writers.get(decoder.local_name(spec)) != "output"
+    }
     kept: dict[int, list[Tensor]] = {key: [] for key in modules}
     for rows in chunks(n, seq_len):
         with catching_inputs(modules) as caught:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ WORD_BITS = 32
 SCALE_BITS = (8, 16)
 FLOAT_BITS = 16
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+
+# What a walk records of a linear besides its inputs: nothing; what the residual stream lacks after
+# it, or else how its inputs differ from the float model's; or both.
+Records = Literal["inputs", "owed", "all"]
 
 
 def row_words(n_codes: int, bits: int) -> int:
@@ -170,19 +175,19 @@ class LayerStats:
     hessian: Tensor  # (in_features, in_features) float32: Σ x̂ x̂ᵀ on the quantized stream
     drift: Tensor | None  # (in_features, in_features) float32: Σ (x − x̂) x̂ᵀ, None if not asked for
     n_tokens: int
-    # (out_features, in_features) float32: Σ (r − r̂) x̂ᵀ, where r is the residual stream that the
-    # linear's output is added to. None where model/residual.py does not list the linear, or drift
-    # was not asked for.
-    residual: Tensor | None = None
+    # (out_features, in_features) float32: Σ (y − ŷ) x̂ᵀ, where y is the residual stream once the
+    # linear's output was added to it, and ŷ the same with the linear still in float. None where
+    # model/residual.py does not list the linear, or it was not asked for.
+    owed: Tensor | None = None
     half: LayerStats | None = None  # the same sums over half of the tokens, for cross-validation
 
     def rest(self) -> LayerStats:
         """The same sums over the tokens that are not in `half`."""
         assert self.half is not None
-        pairs = ((self.drift, self.half.drift), (self.residual, self.half.residual))
-        drift, residual = (None if a is None or b is None else a - b for a, b in pairs)
+        pairs = ((self.drift, self.half.drift), (self.owed, self.half.owed))
+        drift, owed = (None if a is None or b is None else a - b for a, b in pairs)
         hessian = self.hessian - self.half.hessian
-        return LayerStats(hessian, drift, self.n_tokens - self.half.n_tokens, residual)
+        return LayerStats(hessian, drift, self.n_tokens - self.half.n_tokens, owed)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ from torch import Tensor
 
 from lwquant.types import LayerStats
 
+STRIPS = 4  # of a Hessian: what lies above the diagonal in blocks of so many is not computed
+LEAST_STRIP = 64
+
 
 class StatsAccumulator:
-    """Adds Σ x̂ x̂ᵀ and, where the others are given too, Σ (x − x̂) x̂ᵀ and Σ (r − r̂) x̂ᵀ.
+    """Adds Σ x̂ x̂ᵀ and, where the others are given too, Σ (x − x̂) x̂ᵀ and Σ (y − ŷ) x̂ᵀ.
 
     With the others, the first half of the tokens of every call is also summed by itself.
     """
@@ -16,24 +19,16 @@ class StatsAccumulator:
     def __init__(self) -> None:
         self._first, self._second = _Sums(), _Sums()
 
-    def add(
-        self,
-        inputs: Tensor,
-        float_inputs: Tensor | None = None,
-        residual_drift: Tensor | None = None,
-    ) -> None:
-        """x̂, x: (..., in_features); r − r̂: (..., out_features); the same tokens in one order."""
-        flat = inputs.reshape(-1, inputs.shape[-1]).float()
-        if float_inputs is None:
+    def add(self, inputs: Tensor, drift: Tensor | None = None, owed: Tensor | None = None) -> None:
+        """x̂ and x − x̂ (..., in_features), y − ŷ (..., out_features), of the same tokens."""
+        flat = _flat(inputs)
+        if drift is None and owed is None:
             self._second.add(flat, None, None)
             return
-        drift = float_inputs.reshape(flat.shape).float() - flat
-        owed = None
-        if residual_drift is not None:
-            owed = residual_drift.reshape(flat.shape[0], -1).float()
+        others = [None if other is None else _flat(other) for other in (drift, owed)]
         middle = (flat.shape[0] + 1) // 2
-        self._first.add(flat[:middle], drift[:middle], None if owed is None else owed[:middle])
-        self._second.add(flat[middle:], drift[middle:], None if owed is None else owed[middle:])
+        for sums, half in ((self._first, slice(middle)), (self._second, slice(middle, None))):
+            sums.add(flat[half], *(None if other is None else other[half] for other in others))
 
     def result(self) -> LayerStats:
         first, second = self._first.result(), self._second.result()
@@ -46,7 +41,7 @@ class StatsAccumulator:
             first.hessian + second.hessian,
             _plus(first.drift, second.drift),
             first.n_tokens + second.n_tokens,
-            _plus(first.residual, second.residual),
+            _plus(first.owed, second.owed),
             half=first,
         )
 
@@ -58,18 +53,38 @@ class _Sums:
 
     def add(self, inputs: Tensor, drift: Tensor | None, owed: Tensor | None) -> None:
         self._n_tokens += inputs.shape[0]
-        for name, left in (("hessian", inputs), ("drift", drift), ("residual", owed)):
-            if left is None:
-                continue
-            if name not in self._sums:
-                self._sums[name] = inputs.new_zeros(left.shape[1], inputs.shape[1])
-            self._sums[name].addmm_(left.T, inputs)
+        for rows, columns in _strips(inputs.shape[1]):
+            self._sum("hessian", inputs, inputs)[rows, columns].addmm_(
+                inputs[:, rows].T, inputs[:, columns]
+            )
+        for name, left in (("drift", drift), ("owed", owed)):
+            if left is not None:
+                self._sum(name, left, inputs).addmm_(left.T, inputs)
+
+    def _sum(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        if name not in self._sums:
+            self._sums[name] = right.new_zeros(left.shape[1], right.shape[1])
+        return self._sums[name]
 
     def result(self) -> LayerStats | None:
         if not self._n_tokens:
             return None
         sums = self._sums
-        return LayerStats(sums["hessian"], sums.get("drift"), self._n_tokens, sums.get("residual"))
+        lower = sums["hessian"].tril()
+        hessian = lower + lower.tril(-1).T
+        return LayerStats(hessian, sums.get("drift"), self._n_tokens, sums.get("owed"))
+
+
+def _strips(n: int) -> list[tuple[slice, slice]]:
+    """Rows and columns that cover the lower triangle of an (n, n) matrix."""
+    size = max(LEAST_STRIP, -(-n // STRIPS))
+    return [
+        (slice(start, start + size), slice(0, min(start + size, n))) for start in range(0, n, size)
+    ]
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1]).float()
 
 
 def _plus(left: Tensor | None, right: Tensor | None) -> Tensor | None:

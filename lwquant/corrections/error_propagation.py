@@ -25,23 +25,24 @@ def error_propagation(
     damping: float = 0.01,
     repair_residual: bool = True,
 ) -> Tensor:
-    """W + strength · Δ with Δ = (W · C + R) · (H + damping·mean(diag H)·I)⁻¹.
+    """W + strength · Δ with Δ = R · (H + damping·mean(diag H)·I)⁻¹.
 
-    C = Σ (x − x̂) x̂ᵀ and, for linears that write into the residual stream r, R = Σ (r − r̂) x̂ᵀ.
-    Strength 1 is the ridge solution of min ‖(r + W x) − (r̂ + W* x̂)‖², 0 the weight itself; values
-    between shrink towards the weight, which guards against fitting the calibration set. Unlike the
-    authors we correct down projections too.
+    R is W Σ (x − x̂) x̂ᵀ and, for linears that write into the residual stream r, all that the stream
+    lacks after them, Σ (r + W x − r̂ − W x̂) x̂ᵀ. Strength 1 is the ridge solution of
+    min ‖(r + W x) − (r̂ + W* x̂)‖², 0 the weight itself; values between shrink towards the weight,
+    which guards against fitting the calibration set. Unlike the authors we correct down projections
+    too.
 
     Args:
         weight: (out_features, in_features).
-        stats: hessian and drift (in_features, in_features), and residual, of the weight's shape.
+        stats: hessian (in_features, in_features), and drift, alike, or owed, of the weight's shape.
         strength: None chooses it for each linear by two-fold cross-validation: the one at which Δ
             from one half of the tokens fits the other half best. The authors use 0.5.
-        repair_residual: False leaves R out, as in the paper.
+        repair_residual: False leaves the stream's own error out, as in the paper; needs drift.
 
     Raises ValueError when drift was not recorded or the damped Hessian is not positive definite.
     """
-    if stats.drift is None:
+    if stats.drift is None and (stats.owed is None or not repair_residual):
         raise ValueError("error propagation needs the drift between the two streams")
     if strength is None:
         strength = cross_validated(weight, stats, damping, repair_residual)
@@ -78,9 +79,8 @@ def _step(weight: Tensor, stats: LayerStats, damping: float, repair_residual: bo
 
 
 def _owed(weight: Tensor, stats: LayerStats, repair_residual: bool) -> Tensor:
-    """W · C + R: what the output lacks, times the inputs."""
+    """R: what the output lacks, times the inputs."""
+    if stats.owed is not None and repair_residual:
+        return stats.owed.to(weight.device, torch.float32)
     assert stats.drift is not None
-    owed = weight.float() @ stats.drift.to(weight.device, torch.float32)
-    if stats.residual is not None and repair_residual:
-        owed = owed + stats.residual.to(weight.device, torch.float32)
-    return owed
+    return weight.float() @ stats.drift.to(weight.device, torch.float32)

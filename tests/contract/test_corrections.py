@@ -63,7 +63,8 @@ def test_full_strength_is_the_least_squares_solution():
 def test_a_linear_takes_on_what_the_residual_stream_owes_where_it_is_known():
     weight, floats, inputs = make_streams()
     owed = inputs @ torch.randn(12, 20, generator=torch.Generator().manual_seed(1)).T + 0.1
-    stats = replace(stats_of(floats, inputs), residual=owed.T @ inputs)
+    lacking = owed + (floats - inputs) @ weight.T
+    stats = replace(stats_of(floats, inputs), owed=lacking.T @ inputs)
     got = error_propagation(weight, stats, strength=1.0, damping=0.0)
     target = owed.double() + floats.double() @ weight.double().T
     wanted = torch.linalg.lstsq(inputs.double(), target).solution.T
@@ -71,6 +72,11 @@ def test_a_linear_takes_on_what_the_residual_stream_owes_where_it_is_known():
     without = error_propagation(weight, stats, strength=0.5, repair_residual=False)
     plain = error_propagation(weight, stats_of(floats, inputs), strength=0.5)
     assert torch.equal(without, plain)
+    alone = replace(stats, drift=None)
+    again = error_propagation(weight, alone, strength=1.0, damping=0.0)
+    assert torch.equal(again, got)
+    with pytest.raises(ValueError, match="drift"):
+        error_propagation(weight, alone, strength=0.5, repair_residual=False)
 
 
 def test_the_strength_is_the_one_that_fits_best_where_the_step_was_not_computed():

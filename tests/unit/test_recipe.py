@@ -63,11 +63,11 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 def test_corrections_fit_the_quantizer():
     plain = rounding_of("rtn", "none")
-    assert plain.quantizer is rtn and plain.correction is None and not plain.needs_drift
+    assert plain.quantizer is rtn and plain.correction is None and plain.records == "inputs"
     qep = rounding_of("rtn", {"name": "qep", "strength": 0.7})
-    assert qep.correction.func is error_propagation and qep.needs_drift
+    assert qep.correction.func is error_propagation and qep.records == "owed"
     gptaq = rounding_of("gptq", "gptaq")
     assert gptaq.quantizer.func is gptq and gptaq.quantizer.keywords == {"asymmetry": 0.25}
-    assert gptaq.correction is None and gptaq.needs_drift
+    assert gptaq.correction is None and gptaq.records == "all"
     with pytest.raises(LwquantError, match="use quantizer 'gptq'"):
         rounding_of("rtn", "gptaq")

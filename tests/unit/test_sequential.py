@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lwquant.corrections import error_propagation
 from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
-from lwquant.model.structure import set_weight
+from lwquant.model.structure import get_weight, set_weight
 from lwquant.quantizers import rtn
 from lwquant.sequential import Streams, quantize_blocks
 from lwquant.types import QuantizedWeight, QuantScheme
@@ -85,10 +85,13 @@ def put(model, result):
     )
 
 
+@pytest.mark.parametrize("records", ["owed", "all"])
 @pytest.mark.parametrize("correction", [None, error_propagation])
-def test_statistics_are_those_of_the_model_as_quantized_so_far(decoder, model, tokens, correction):
+def test_statistics_are_those_of_the_model_as_quantized_so_far(
+    decoder, model, tokens, correction, records
+):
     schemes = {spec.name: SCHEME for spec in decoder.linears}
-    results, seen, _ = walk(decoder, tokens, schemes, correction=correction, needs_drift=True)
+    results, seen, _ = walk(decoder, tokens, schemes, correction=correction, records=records)
     assert [r.spec for r in results] == sorted(
         decoder.linears, key=lambda s: (s.block, s.input_group)
     )
@@ -98,17 +101,21 @@ def test_statistics_are_those_of_the_model_as_quantized_so_far(decoder, model, t
         scale = inputs.square().sum().item()
         hessian, drift = inputs.T @ inputs, (floats - inputs).T @ inputs
         assert (stats.hessian - hessian).abs().max() < 1e-5 * scale
-        assert (stats.drift - drift).abs().max() < 1e-5 * scale
+        stream = residual_stream(result.spec.name)
+        assert (stats.drift is None) == (records == "owed" and stream is not None)
+        if stats.drift is not None:
+            assert (stats.drift - drift).abs().max() < 1e-5 * scale
         assert stats.n_tokens == N * 40
         # Half of each chunk's tokens: one window of the first two, half of the third.
         first = torch.cat([inputs[:40], inputs[80:100]])
         assert (stats.half.hessian - first.T @ first).abs().max() < 1e-5 * scale
         assert stats.half.n_tokens == 60 and stats.rest().n_tokens == 60
-        stream = residual_stream(result.spec.name)
-        assert (stats.residual is None) == (stream is None)
+        assert (stats.owed is None) == (stream is None)
         if stream is not None:
+            weight = model.get_submodule(result.spec.name).weight.detach().double()
             owed = run(model, tokens[:N], stream) - run(changed, tokens[:N], stream)
-            missed = (stats.residual - owed.T @ inputs).norm()
+            owed = owed + (floats - inputs) @ weight.T
+            missed = (stats.owed - owed.T @ inputs).norm()
             assert missed < 1e-3 * (owed.norm() * inputs.norm() + 1e-6)
             assert (owed.T @ inputs).norm() >= 0.03 * owed.norm() * inputs.norm()
         put(changed, result)
@@ -148,15 +155,17 @@ def test_the_residual_of_other_wirings_is_the_rest_of_the_blocks_output(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.randint(512, (6, 40), generator=torch.Generator().manual_seed(0))
     schemes = {spec.name: QuantScheme(2, 32) for spec in decoder.linears}
-    results, seen, _ = walk(decoder, tokens, schemes, needs_drift=True)
+    results, seen, _ = walk(decoder, tokens, schemes, records="owed")
     changed = deepcopy(model)
     checked = 0
     for result, stats in zip(results, seen, strict=True):
         name, block = result.spec.name, f"{blocks}.{result.spec.block}"
         if name.endswith(ends):
+            inputs, floats = (run(m, tokens[:N], name) for m in (changed, model))
+            weight = get_weight(model.get_submodule(name)).double()
             owed = around(model, tokens[:N], block, name) - around(changed, tokens[:N], block, name)
-            inputs = run(changed, tokens[:N], name)
-            missed = (stats.residual - owed.T @ inputs).norm()
+            owed = owed + (floats - inputs) @ weight.T
+            missed = (stats.owed - owed.T @ inputs).norm()
             assert missed < (1e-5 + 2e-3 * owed.norm()) * inputs.norm()
             checked += 1
         weight = result.weight.dequantize()
@@ -184,9 +193,14 @@ def test_repairing_the_residual_stream_lowers_the_error_on_other_text(
 def test_both_streams_end_as_the_outputs_of_the_two_models(decoder, model, tokens):
     schemes = {spec.name: SCHEME for spec in decoder.linears}
     schemes[decoder.linears[4].name] = QuantScheme(16)
-    for needs_drift, first in ((True, 0), (False, N)):
-        results, seen, streams = walk(decoder, tokens, schemes, needs_drift=needs_drift)
-        assert len(seen) == len(results) - 1 and all((s.drift is None) != needs_drift for s in seen)
+    for records, first in (("all", 0), ("owed", 0), ("inputs", N)):
+        results, seen, streams = walk(decoder, tokens, schemes, records=records)
+        assert len(seen) == len(results) - 1
+        assert {s.drift is None for s in seen} == {
+            "all": {False},
+            "owed": {False, True},
+            "inputs": {True},
+        }[records]
         changed = deepcopy(model)
         for result in results:
             put(changed, result)
