@@ -6,26 +6,25 @@
 
 Protocol of the peers' table: 64 calibration windows of 512 tokens, half C4, half Wikipedia; 12
 evenly spread windows of 512 of the WikiText-2 raw test; bits count scales and zeros. Each row is a
-process of its own, so its seconds and peak memory are its own too.
+process of its own, so its seconds and peak memory are its own too. Scales take 16 bits, as in most
+formats, but for the rows of the default preset, which stores them in 8.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
-import platform
 import random
 import resource
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
-HERE = Path(__file__).parent
+from rows import HERE, append, commit, machine, stored
+
 RESULTS = HERE / "results"
 CSV = RESULTS / "quality.csv"
 WORK = HERE.parent / "demo"  # git-ignored: the model and the sensitivity reports
@@ -35,7 +34,8 @@ GROUP = 64
 # Shares of blocks at 2 bits. None and all are rows of their own, where the order does not matter;
 # half is what allocation-rtn/3/ranked-... measures.
 SHARES = (0.25, 0.75, 0.125)
-PRESET_BUDGETS = (3.5, 2.8, 3.3, 3.8, 4.3)
+# Peers' sizes, and those of the uniform rows at 3 and 4 bits.
+PRESET_BUDGETS = (3.5, 2.8, 3.3, 3.8, 4.3, 3.2968, 4.3125)
 RANDOM_SEEDS = (0, 1, 2)
 REMEASURE_ROUNDS, REMEASURE_WINDOWS = 3, 16
 TUNE_WINDOWS = 64
@@ -104,6 +104,8 @@ def run(name: str) -> Row:
     recipe = load_recipe("default").changed(
         sources=(str(DATA / "c4.utf8"), str(DATA / "wiki.utf8")), group_size=GROUP, held_out=2
     )
+    if section not in ("preset", "tuned"):
+        recipe = recipe.changed(scale_bits=16)
     with fast_float32():
         opened = open_model(fetch(WORK))
         if section == "tuned":
@@ -236,7 +238,7 @@ def report_of(metric, opened, windows, recipe):
     from lwquant.sensitivity.report import read_report, write_report
     from lwquant.stages import measure
 
-    path = WORK / f"report-{metric}-{recipe.quantizer}-{commit()}.json"
+    path = WORK / f"report-{metric}-{recipe.quantizer}-s{recipe.scale_bits}-{commit()}.json"
     took = path.with_suffix(".seconds")
     if not path.exists():
         start = time.monotonic()
@@ -248,41 +250,6 @@ def report_of(metric, opened, windows, recipe):
 
 def _quiet(stage, item, done, total):
     pass
-
-
-def commit() -> str:
-    """The commit of the code; "-dirty" where the code, not only the results, differs from it."""
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    name = subprocess.run(head, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    code = ["lwquant", "csrc", "calibration", "benchmarks/*.py"]
-    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=HERE.parent)
-    return name if same.returncode == 0 else f"{name}-dirty"
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(models)} x {models[0]}, {platform.machine()}" if models else platform.machine()
-
-
-def stored() -> list[Row]:
-    if not CSV.exists():
-        return []
-    kinds = {f.name: {"float": float, "int": int}.get(str(f.type), str) for f in fields(Row)}
-    with CSV.open(newline="", encoding="utf-8") as file:
-        return [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
-
-
-def append(row: Row) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    new = not CSV.exists()
-    with CSV.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-        )
 
 
 def print_table(rows: list[Row]) -> None:
@@ -349,20 +316,20 @@ def main() -> None:
     if arguments.row:
         print(json.dumps(asdict(run(arguments.row))))
         return
-    done = {row.name for row in stored()}
+    done = {row.name for row in stored(Row, CSV)}
     for name in [] if arguments.table else jobs():
         if arguments.only in name and name not in done:
             command = [sys.executable, __file__, "--row", name]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             row = Row(**json.loads(output.splitlines()[-1]))
-            append(row)
+            append(row, CSV)
             print(
                 f"{row.name:32} {row.bpw:.3f} bpw  KL {row.kl_divergence:.4f}  {row.seconds:.0f} s",
                 file=sys.stderr,
             )
-    print_table(stored())
-    if any(row.name.startswith("blocks/") for row in stored()):
-        draw_blocks(stored())
+    print_table(stored(Row, CSV))
+    if any(row.name.startswith("blocks/") for row in stored(Row, CSV)):
+        draw_blocks(stored(Row, CSV))
 
 
 if __name__ == "__main__":
