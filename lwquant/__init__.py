@@ -11,7 +11,7 @@ _register()
 
 from lwquant.budget_sweep import sweep  # noqa: E402
 from lwquant.errors import LwquantError  # noqa: E402
-from lwquant.evaluation import evaluate  # noqa: E402
+from lwquant.evaluation import evaluate, evaluate_tasks  # noqa: E402
 from lwquant.export.hub import push_to_hub  # noqa: E402
 from lwquant.pipeline import Result, quantize  # noqa: E402
 from lwquant.ratio_curves import ratio_curves  # noqa: E402
@@ -26,6 +26,7 @@ __all__ = [
     "Recipe",
     "Result",
     "evaluate",
+    "evaluate_tasks",
     "load_recipe",
     "measure_model",
     "plan",

@@ -18,6 +18,7 @@ from lwquant import tables
 from lwquant.allocators.plan import write_plan
 from lwquant.errors import LwquantError, OutputError
 from lwquant.evaluation.evaluate import save_evaluation
+from lwquant.evaluation.evaluate_tasks import LENGTHS
 from lwquant.export.folder import verify
 from lwquant.inspection import inspect_folder
 from lwquant.progress import StderrProgress
@@ -198,6 +199,44 @@ def evaluate(
 
 
 @app.command()
+def tasks(
+    model: Model,
+    lambada: Annotated[
+        Path | None, typer.Option(help="JSON lines with context and continuation.")
+    ] = None,
+    arc: Annotated[
+        Path | None, typer.Option(help="JSON lines with query, choices and gold.")
+    ] = None,
+    passkey: Annotated[bool, typer.Option(help="Find digits hidden in filler text.")] = True,
+    passkey_lengths: Annotated[str, typer.Option(help="Tokens of its texts.")] = ",".join(
+        map(str, LENGTHS)
+    ),
+    limit: Annotated[int | None, typer.Option(help="Only the first examples of each file.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The original model.")] = None,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of the hidden digits.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Accuracy of MODEL on tasks, beside the original's."""
+    measured = lwquant.evaluate_tasks(
+        model,
+        lambada=lambada,
+        arc=arc,
+        passkey=passkey,
+        limit=limit,
+        passkey_lengths=_whole_numbers("--passkey-lengths", passkey_lengths),
+        reference=reference,
+        seed=seed,
+        device=device,
+        progress=StderrProgress(),
+    )
+    if as_json:
+        print(measured.to_json())
+    else:
+        tables.print_tasks(measured)
+
+
+@app.command()
 def sweep(
     model: Model,
     bpw: Annotated[str, typer.Option(help="Budgets, e.g. 2.5,3,3.5,4.")],
@@ -328,6 +367,13 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise LwquantError(f"{option} {text!r} is not a list of numbers like 2.5,3,3.5") from error
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise LwquantError(f"{option} {text!r} is not a list of whole numbers like 2,3") from error
 
 
 def _check_new_file(path: Path) -> None:

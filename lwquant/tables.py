@@ -14,6 +14,7 @@ from lwquant.types import BitPlan, SensitivityReport
 
 if TYPE_CHECKING:  # these modules import what draws the tables
     from lwquant.evaluation.evaluate import Evaluation
+    from lwquant.evaluation.evaluate_tasks import TaskEvaluation
     from lwquant.inspection import Inspection
     from lwquant.measured_plans import MeasuredPlan
     from lwquant.pipeline import Result
@@ -93,6 +94,30 @@ def print_evaluation(measured: Evaluation) -> None:
         if value is not None
     ]
     table("evaluation", ["", "value"], rows)
+
+
+def print_tasks(measured: TaskEvaluation) -> None:
+    """Accuracies and how far they are from the reference's, in percent ± standard error."""
+    columns = ["task", "examples", "accuracy", "log-prob"]
+    if any(task.difference is not None for task in measured.tasks.values()):
+        columns += ["difference", "changed"]
+    rows = []
+    for name, task in measured.tasks.items():
+        row = [name, task.examples, percent(task.accuracy, task.standard_error)]
+        row.append(f"{task.log_prob:.3f}")
+        if task.difference is not None and task.difference_error is not None:
+            row.append(percent(task.difference, task.difference_error, sign="+"))
+            row.append(f"{task.changed:.1%}")
+        rows.append(row)
+    table("tasks, in percent ± standard error", columns, rows)
+
+
+def percent(value: float, error: float, sign: str = "") -> str:
+    """
+    >>> percent(0.25, 0.0316), percent(0.25, 0.0316, sign="+")
+    ('25.0 ± 3.2', '+25.0 ± 3.2')
+    """
+    return f"{100 * value:{sign}.1f} ± {100 * error:.1f}"
 
 
 def print_sweep(rows: Sequence[MeasuredPlan]) -> None:

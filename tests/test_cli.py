@@ -156,6 +156,33 @@ def test_sweep_writes_a_table_a_csv_and_a_picture(
     assert float(narrow.split(",")[names.index("predicted_cost")]) == pytest.approx(total)
 
 
+def test_tasks_shows_accuracies_and_their_difference_from_the_reference(
+    monkeypatch, capsys, tiny_folder, tmp_path
+):
+    words, questions = tmp_path / "words.jsonl", tmp_path / "questions.jsonl"
+    words.write_text('{"context": "the value of", "continuation": "the"}\n' * 3)
+    questions.write_text('{"query": "Which?", "choices": ["the name", "zq"], "gold": 0}\n' * 3)
+    arguments = ["tasks", tiny_folder, "--lambada", words, "--arc", questions, "--limit", 2]
+    status, shown, progress = run(monkeypatch, capsys, *arguments, "--no-passkey")
+    assert status == 0 and "lambada" in shown and "difference" not in shown and "2/2" in progress
+    compared = ["--passkey", "--passkey-lengths", "105,110", "--reference", tiny_folder]
+    status, shown, _ = run(monkeypatch, capsys, *arguments, *compared)
+    assert status == 0 and "difference" in shown and "passkey-105" in shown
+    status, shown, _ = run(monkeypatch, capsys, *arguments, *compared, "--json")
+    found = json.loads(shown)
+    assert status == 0 and list(found) == ["tasks", "bpw", "size_bytes"]
+    assert list(found["tasks"]) == [
+        "lambada", "arc", "arc-normalized", "passkey-105", "passkey-110", "passkey",
+    ]  # fmt: skip
+    for task in found["tasks"].values():
+        assert list(task) == [
+            "examples", "correct", "accuracy", "standard_error", "log_prob",
+            "reference_accuracy", "difference", "difference_error", "changed",
+        ]  # fmt: skip
+        assert task["difference"] == task["changed"] == 0
+    assert found["tasks"]["arc"]["examples"] == found["tasks"]["arc"]["correct"] == 2
+
+
 def test_input_errors_are_one_line_on_stderr_and_status_1(
     monkeypatch, capsys, tiny_folder, tmp_path
 ):
@@ -164,6 +191,9 @@ def test_input_errors_are_one_line_on_stderr_and_status_1(
         (["quantize", tmp_path / "gone", "--bpw", 3, "--output", tmp_path / "o"], "gone"),
         (["inspect", tiny_folder], "manifest"),
         (["evaluate", tiny_folder, "--text", tmp_path / "gone.txt"], "gone.txt"),
+        (["tasks", tiny_folder, "--lambada", tmp_path / "gone.jsonl"], "gone.jsonl"),
+        (["tasks", tiny_folder, "--no-passkey"], "no task"),
+        (["tasks", tiny_folder, "--passkey-lengths", "99,x"], "99,x"),
         (["plan", tmp_path / "gone.json", "--bpw", 3, "--output", tmp_path / "p"], "gone.json"),
         (["sweep", tiny_folder, "--bpw", "3,x", "--output", tmp_path / "s"], "3,x"),
         (["push", tiny_folder, "user/name"], "manifest"),
@@ -190,5 +220,14 @@ def test_the_installed_command_and_the_package_agree():
         text=True,
         check=True,
     ).stdout
-    for command in ("quantize", "sensitivity", "plan", "evaluate", "sweep", "inspect", "push"):
+    for command in (
+        "quantize",
+        "sensitivity",
+        "plan",
+        "evaluate",
+        "tasks",
+        "sweep",
+        "inspect",
+        "push",
+    ):
         assert command in shown

@@ -1,5 +1,6 @@
-"""What a model is worth: perplexity, divergence from its reference, and pictures of both."""
+"""What a model is worth: perplexity, divergence from its reference, tasks, and pictures of them."""
 
 from lwquant.evaluation.evaluate import Evaluation, evaluate
+from lwquant.evaluation.evaluate_tasks import TaskEvaluation, evaluate_tasks
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "TaskEvaluation", "evaluate", "evaluate_tasks"]

@@ -64,11 +64,11 @@ def compare(
         for part in _chunks(n_predicted):
             keep = slice(None) if counted is None else counted[row, part]
             targets = windows[row, 1:][part][keep]
-            log_probs = _log_probs(model.head, hidden[part])[keep]
+            log_probs = next_log_probs(model.head, hidden[part])[keep]
             sums.add_model(log_probs, targets)
             if reference is not None and other is not None:
                 sums.add_reference(
-                    log_probs, _log_probs(reference.head, other[part])[keep], targets
+                    log_probs, next_log_probs(reference.head, other[part])[keep], targets
                 )
     progress("evaluate", "done", n_windows, n_windows)
     return sums.means(with_reference=reference is not None)
@@ -117,7 +117,7 @@ def _chunks(n_tokens: int) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK, n_tokens))
 
 
-def _log_probs(head: Head, hidden: Tensor) -> Tensor:
+def next_log_probs(head: Head, hidden: Tensor) -> Tensor:
     """(m, vocab) for hidden states (m, hidden)."""
     log_probs = head(hidden[None])[0].float().log_softmax(-1)
     if log_probs.isnan().any():
