@@ -8,6 +8,7 @@ tests/contract/test_metrics.py holds every entry below to this.
 
 from collections.abc import Callable
 
+from lwquant.sensitivity.delta_loss import delta_loss
 from lwquant.sensitivity.embedding_delta import embedding_delta
 from lwquant.sensitivity.fisher import fisher
 from lwquant.sensitivity.hessian import hessian
@@ -23,6 +24,7 @@ METRICS = {
     "outlier_count": outlier_count,
     "hessian": hessian,
     "output_error": output_error,
+    "delta_loss": delta_loss,
     "fisher": fisher,
     "measured_kl": measured_kl,
 }
@@ -31,6 +33,7 @@ __all__ = [
     "METRICS",
     "Measurement",
     "Metric",
+    "delta_loss",
     "embedding_delta",
     "fisher",
     "hessian",

@@ -12,6 +12,7 @@ from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.quantizers import gptq, rtn
 from lwquant.sensitivity import METRICS, fisher, measured_kl, output_error
+from lwquant.sensitivity.delta_loss import delta_loss
 from lwquant.sensitivity.embedding_delta import embedding_delta, layer_input_modification
 from lwquant.sensitivity.outlier_count import outlier_count, share_beyond_one
 from lwquant.types import LayerStats, QuantScheme
@@ -54,7 +55,7 @@ def test_costs_fall_with_bits(name, measurements):
     costs = measurements[name].costs
     falls = (costs[:, 1:] < costs[:, :-1]).double().mean()
     # Measured ones may tie within noise for single linears, never on the whole.
-    assert falls == 1 or name == "measured_kl"
+    assert falls == 1 or name in ("measured_kl", "delta_loss")
     assert falls > 0.9
     totals = costs.sum(0)
     assert (totals[1:] < totals[:-1]).all()
@@ -206,3 +207,38 @@ def test_fisher_predicts_the_measured_kl_of_small_changes(decoder, tokens):
     predicted = fisher(decoder, tokens, fine, rtn).costs.sum()
     measured = measured_kl(decoder, tokens, fine, rtn, positions=1).costs.sum()
     assert 0.5 < predicted / measured < 2
+
+
+@pytest.mark.parametrize("labels", ["text", "sampled"])
+def test_delta_loss_is_the_slope_of_each_window_s_loss_along_the_change(
+    labels, decoder, tokens, model
+):
+    costs = delta_loss(decoder, tokens, SCHEMES, rtn, labels=labels, seed=7).costs
+
+    targets = []
+    for window in tokens:
+        generator = torch.Generator().manual_seed(7 + int(window.sum()))
+        with torch.no_grad():
+            probabilities = model(window[None]).logits[0].softmax(-1)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
+        targets.append(window[1:, None] if labels == "text" else drawn)
+
+    def loss(window, target):
+        log_probs = changed(window[None]).logits[0].log_softmax(-1)
+        return -log_probs[: len(target)].gather(1, target).sum()
+
+    for row in (0, 6, 18):
+        changed = deepcopy(model).double()
+        module = changed.get_submodule(decoder.linears[row].name)
+        weight = module.weight.detach().clone()
+        change = rtn(weight.float(), None, SCHEMES[1]).dequantize().double() - weight
+        slopes = []
+        with torch.no_grad():  # central differences
+            for window, target in zip(tokens, targets, strict=True):
+                ends = []
+                for step in (0.02, -0.02):
+                    module.weight.copy_(weight + step * change)
+                    ends.append(loss(window, target))
+                slopes.append((ends[0] - ends[1]) / 0.04)
+        wanted = torch.stack(slopes).abs().sum() / tokens.numel()
+        assert costs[row, 1] == pytest.approx(wanted.item(), rel=5e-3)
