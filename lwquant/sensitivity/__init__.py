@@ -8,6 +8,7 @@ tests/contract/test_metrics.py holds every entry below to this.
 
 from collections.abc import Callable
 
+from lwquant.sensitivity.augmented_hessian import augmented_hessian
 from lwquant.sensitivity.delta_loss import delta_loss
 from lwquant.sensitivity.embedding_delta import embedding_delta
 from lwquant.sensitivity.fisher import fisher
@@ -26,6 +27,7 @@ METRICS = {
     "output_error": output_error,
     "delta_loss": delta_loss,
     "fisher": fisher,
+    "augmented_hessian": augmented_hessian,
     "measured_kl": measured_kl,
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "METRICS",
     "Measurement",
     "Metric",
+    "augmented_hessian",
     "delta_loss",
     "embedding_delta",
     "fisher",

@@ -12,6 +12,7 @@ from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.quantizers import gptq, rtn
 from lwquant.sensitivity import METRICS, fisher, measured_kl, output_error
+from lwquant.sensitivity.augmented_hessian import augmented_hessian
 from lwquant.sensitivity.delta_loss import delta_loss
 from lwquant.sensitivity.embedding_delta import embedding_delta, layer_input_modification
 from lwquant.sensitivity.outlier_count import outlier_count, share_beyond_one
@@ -242,3 +243,35 @@ def test_delta_loss_is_the_slope_of_each_window_s_loss_along_the_change(
                 slopes.append((ends[0] - ends[1]) / 0.04)
         wanted = torch.stack(slopes).abs().sum() / tokens.numel()
         assert costs[row, 1] == pytest.approx(wanted.item(), rel=5e-3)
+
+
+def test_augmented_costs_are_the_own_term_and_half_of_each_pair_term(decoder, tokens, model):
+    few = tokens[:3]
+    costs = augmented_hessian(decoder, few, SCHEMES, rtn).costs
+    least = fisher(decoder, few, SCHEMES, rtn).costs / 2
+    with torch.no_grad():
+        p = model(few).logits.flatten(0, 1).double().softmax(-1)
+    for column in (0, 2):
+        slopes = []  # of the logits, along each linear's change, by central differences
+        for spec in decoder.linears:
+            module = model.get_submodule(spec.name)
+            weight = module.weight.detach().clone()
+            change = rtn(weight, None, SCHEMES[column]).dequantize() - weight
+            ends = []
+            with torch.no_grad():
+                for step in (0.03, -0.03):
+                    module.weight.copy_(weight + step * change)
+                    ends.append(model(few).logits.flatten(0, 1).double())
+                module.weight.copy_(weight)
+            slopes.append((ends[0] - ends[1]) / 0.06)
+        moves = torch.stack(slopes)  # (n_linears, n_tokens, vocab)
+        centred = moves - (p * moves).sum(-1, keepdim=True)
+        pairs = torch.einsum("ltv,mtv,tv->lm", centred, centred, p) / p.shape[0]
+        own = pairs.diagonal() / 2
+        shares = own + (pairs.sum(1) - pairs.diagonal()) / 2
+        wanted = torch.maximum(shares, least[:, column])
+        torch.testing.assert_close(
+            costs[:, column], wanted, rtol=0.03, atol=0.003 * wanted.max().item()
+        )
+        assert (shares > least[:, column]).double().mean() > 0.7
+        assert ((shares - own).abs() > 0.05 * own).double().mean() > 0.5  # the pairs do count
