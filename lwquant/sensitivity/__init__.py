@@ -17,6 +17,7 @@ from lwquant.sensitivity.measured_kl import measured_kl
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.outlier_count import outlier_count
 from lwquant.sensitivity.output_error import output_error
+from lwquant.sensitivity.relevance import relevance
 
 Metric = Callable[..., Measurement]
 
@@ -25,6 +26,7 @@ METRICS = {
     "outlier_count": outlier_count,
     "hessian": hessian,
     "output_error": output_error,
+    "relevance": relevance,
     "delta_loss": delta_loss,
     "fisher": fisher,
     "augmented_hessian": augmented_hessian,
@@ -43,4 +45,5 @@ __all__ = [
     "measured_kl",
     "outlier_count",
     "output_error",
+    "relevance",
 ]
