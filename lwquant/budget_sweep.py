@@ -49,7 +49,7 @@ def sweep(
     progress = progress or StderrProgress()
     chosen, texts = merged(recipe, calibration, settings)
     rounding = rounding_of(chosen.quantizer, chosen.correction)
-    chosen.refuse_remeasure("is for one budget: quantize to each instead of a sweep")
+    chosen.refuse_replanning("is for one budget: quantize to each instead of a sweep")
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:
         opened = open_model(model, device, revision)

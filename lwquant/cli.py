@@ -74,6 +74,9 @@ def quantize(
     remeasure: Annotated[
         int | None, typer.Option(help="Rounds of measuring costs again around the plan.")
     ] = None,
+    local_search: Annotated[
+        int | None, typer.Option(help="Measured moves to improve the plan by.")
+    ] = None,
     device: Device = "cpu",
     seed: Seed = None,
     overwrite: Overwrite = False,
@@ -102,6 +105,7 @@ def quantize(
         tie_fused=tie_fused or None,
         tune=tune,
         remeasure=remeasure,
+        local_search=local_search,
     )
     if as_json:
         _print_json(

@@ -28,6 +28,7 @@ from lwquant.export.record import (
 )
 from lwquant.export.save import ModelWriter
 from lwquant.held_out import Quality, measure_on
+from lwquant.local_search import searched_plan
 from lwquant.matmul import fast_float32
 from lwquant.methods import describe
 from lwquant.prepare import OpenModel, Windows, bpw_of_size, open_model, prepare_tokens
@@ -101,7 +102,7 @@ def quantize(
     metric_of(chosen.metric), allocator_of(chosen.allocator)  # unknown names fail here, not later
     budget = _one_budget(bpw, size, max_kl, plan)
     if plan is not None or max_kl is not None:
-        chosen.refuse_remeasure("needs a budget in bpw or size, not a plan or max_kl")
+        chosen.refuse_replanning("needs a budget in bpw or size, not a plan or max_kl")
     check_output(output, overwrite)
     with fast_float32():
         opened = open_model(model, device, revision)
@@ -123,6 +124,8 @@ def quantize(
             else:
                 assert max_kl is not None
                 given = smallest_plan(opened, known, plan_at, rounding, windows, max_kl, progress)
+            if target is not None and chosen.local_search:
+                given = searched_plan(opened, known, given, target, chosen, windows, progress)
         return _quantize_and_save(
             opened,
             given,

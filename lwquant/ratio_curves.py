@@ -71,7 +71,7 @@ def ratio_curves(
         raise BudgetError(f"shares={list(shares)} must be fractions between 0 and 1")
     chosen = chosen.changed(bits=(low, high), more_group_sizes=())
     rounding = rounding_of(chosen.quantizer, chosen.correction)
-    chosen.refuse_remeasure("is for one budget, not for curves")
+    chosen.refuse_replanning("is for one budget, not for curves")
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:
         opened = open_model(model, device, revision)

@@ -45,11 +45,13 @@ class Recipe:
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
     tune: int = 0  # further windows to tune all scales together on; see finetune.py
     remeasure: int = 0  # rounds of measuring costs again around the plan; see remeasure.py
+    local_search: int = 0  # measured moves from the plan; see local_search.py
     pins: Mapping[str, int] = field(default_factory=dict)  # linear name -> bits
     allow_worse: bool = False  # keep a mixed plan that is predicted to lose against uniform
 
     def __post_init__(self) -> None:
-        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "tune": 0, "remeasure": 0}
+        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "tune": 0}
+        least_of.update({"remeasure": 0, "local_search": 0})
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise LwquantError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -79,10 +81,11 @@ class Recipe:
         """A copy with those settings that are not None."""
         return replace(self, **{k: v for k, v in settings.items() if v is not None})
 
-    def refuse_remeasure(self, why: str) -> None:
+    def refuse_replanning(self, why: str) -> None:
         """LwquantError where the recipe asks for what only quantize() to a size can do."""
-        if self.remeasure:
-            raise LwquantError(f"remeasure={self.remeasure} {why}")
+        for name in ("remeasure", "local_search"):
+            if getattr(self, name):
+                raise LwquantError(f"{name}={getattr(self, name)} {why}")
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -128,7 +131,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
     counts = ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size")
-    for name in (*counts, "scale_bits", "tune", "remeasure"):
+    for name in (*counts, "scale_bits", "tune", "remeasure", "local_search"):
         if not isinstance(getattr(recipe, name), int):
             raise LwquantError(f"recipe {where}: {name} must be a whole number")
     return recipe

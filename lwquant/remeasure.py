@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lwquant.held_out import measure_on
+from lwquant.best_plan import best_plan
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.quantizers import Quantizer
 from lwquant.recipe import Recipe, rounding_of
 from lwquant.sensitivity.around_plan import around_plan
 from lwquant.stages import few_windows, plan_report
-from lwquant.types import BitPlan, QuantScheme, SensitivityReport
+from lwquant.types import BitPlan, SensitivityReport
 
 
 def remeasured_plan(
@@ -52,18 +52,9 @@ def remeasured_plan(
         "costs measured around the plan": (again, plan_report(again, bpw, recipe=recipe)),
         "uniform": (report, uniform),
     }
-    kl: dict[str, float] = {}
-    measured: dict[tuple[QuantScheme, ...], float] = {}  # equal plans are measured once
-    for name, (_, plan) in candidates.items():
-        key = tuple(plan.schemes.values())
-        if key not in measured:
-            quality = measure_on(opened, plan, rounding, windows, progress)
-            measured[key] = quality.kl_divergence
-        kl[name] = measured[key]
-    best = min(kl, key=kl.__getitem__)
+    plans = {name: plan for name, (_, plan) in candidates.items()}
+    best, note = best_plan(opened, plans, rounding, windows, progress)
     chosen, plan = candidates[best]
-    others = ", ".join(f"{name} {value:.4f}" for name, value in kl.items() if name != best)
-    note = f"held-out KL of candidate plans: {best} {kl[best]:.4f} (taken), {others}"
     return chosen, replace(plan, notes=(*plan.notes, note))
 
 

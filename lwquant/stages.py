@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lwquant.allocators.plan import make_plan
-from lwquant.allocators.problem import fused_groups, problem_of
+from lwquant.allocators.plan import constrained, make_plan
+from lwquant.allocators.problem import Problem, fused_groups, problem_of
 from lwquant.capture.tokens import from_tokens
 from lwquant.errors import PlanError
 from lwquant.matmul import fast_float32
@@ -17,7 +17,7 @@ from lwquant.prepare import OpenModel, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import Recipe, allocator_of, load_recipe, metric_of, rounding_of
 from lwquant.sensitivity.report import measure_sensitivity, read_report
-from lwquant.types import BitPlan, CalibrationSet, SensitivityReport
+from lwquant.types import BitPlan, CalibrationSet, QuantScheme, SensitivityReport
 
 
 def measure_model(
@@ -53,7 +53,7 @@ def plan(
     """The allocator's plan for a report; BudgetError outside floor and ceiling."""
     known = report if isinstance(report, SensitivityReport) else read_report(Path(report))
     chosen, _ = merged(recipe, None, settings)
-    chosen.refuse_remeasure("needs the model: quantize() does it, a plan from a report cannot")
+    chosen.refuse_replanning("needs the model: quantize() does it, a plan from a report cannot")
     return plan_report(known, bpw, recipe=chosen)
 
 
@@ -94,10 +94,23 @@ def plan_report(report: SensitivityReport, bpw: float, *, recipe: Recipe) -> Bit
         report,
         bpw,
         allocator_of(recipe.allocator),
-        ties=fused_groups([spec.name for spec in report.linears]) if recipe.tie_fused else (),
-        pins={name: recipe.scheme(bits) for name, bits in recipe.pins.items()},
+        ties=_ties(report, recipe),
+        pins=_pins(recipe),
         allow_worse=recipe.allow_worse,
     )
+
+
+def problem_for(report: SensitivityReport, recipe: Recipe) -> Problem:
+    """What plan_report() hands to the allocator."""
+    return constrained(report, _ties(report, recipe), _pins(recipe))
+
+
+def _ties(report: SensitivityReport, recipe: Recipe) -> list[list[str]]:
+    return fused_groups([spec.name for spec in report.linears]) if recipe.tie_fused else []
+
+
+def _pins(recipe: Recipe) -> dict[str, QuantScheme]:
+    return {name: recipe.scheme(bits) for name, bits in recipe.pins.items()}
 
 
 def check_budget(opened: OpenModel, recipe: Recipe, bpw: float) -> None:

@@ -37,7 +37,7 @@ def make_plan(
 
     Raises BudgetError outside floor and ceiling, PlanError for impossible pins.
     """
-    problem = tie(pin(problem_of(report), pins or {}), ties)
+    problem = constrained(report, ties, pins or {})
     budget = int(bpw * problem.n_weights)
     choice = allocator(problem, budget)
     notes: tuple[str, ...] = ()
@@ -53,7 +53,14 @@ def make_plan(
                 f"uniform plan's {uniform_cost:.4g}",
             )
             choice = baseline
-    return _plan_of(problem, choice, report.linears, describe(allocator), notes)
+    return plan_of(problem, choice, report.linears, describe(allocator), notes)
+
+
+def constrained(
+    report: SensitivityReport, ties: Sequence[Sequence[str]], pins: Mapping[str, QuantScheme]
+) -> Problem:
+    """The report's problem with pins and ties, as for make_plan()."""
+    return tie(pin(problem_of(report), pins), ties)
 
 
 def uniform_plan(linears: Sequence[LinearSpec], scheme: QuantScheme) -> BitPlan:
@@ -62,13 +69,14 @@ def uniform_plan(linears: Sequence[LinearSpec], scheme: QuantScheme) -> BitPlan:
     return BitPlan(schemes, plan_bpw(schemes, tuple(linears)), allocator={"name": "uniform"})
 
 
-def _plan_of(
+def plan_of(
     problem: Problem,
     choice: Sequence[int],
     linears: tuple[LinearSpec, ...],
     allocator: Mapping[str, object],
     notes: tuple[str, ...],
 ) -> BitPlan:
+    """The plan of the chosen columns, one of each row of the problem."""
     schemes, costs = {}, {}
     for row, (names, column) in enumerate(zip(problem.names, choice, strict=True)):
         for name in names:

@@ -8,6 +8,8 @@ tests/contract/test_metrics.py holds every entry below to this.
 
 from collections.abc import Callable
 
+from lwquant.sensitivity.augmented_hessian import augmented_hessian
+from lwquant.sensitivity.delta_loss import delta_loss
 from lwquant.sensitivity.embedding_delta import embedding_delta
 from lwquant.sensitivity.fisher import fisher
 from lwquant.sensitivity.hessian import hessian
@@ -15,6 +17,7 @@ from lwquant.sensitivity.measured_kl import measured_kl
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.outlier_count import outlier_count
 from lwquant.sensitivity.output_error import output_error
+from lwquant.sensitivity.relevance import relevance
 
 Metric = Callable[..., Measurement]
 
@@ -23,7 +26,10 @@ METRICS = {
     "outlier_count": outlier_count,
     "hessian": hessian,
     "output_error": output_error,
+    "relevance": relevance,
+    "delta_loss": delta_loss,
     "fisher": fisher,
+    "augmented_hessian": augmented_hessian,
     "measured_kl": measured_kl,
 }
 
@@ -31,10 +37,13 @@ __all__ = [
     "METRICS",
     "Measurement",
     "Metric",
+    "augmented_hessian",
+    "delta_loss",
     "embedding_delta",
     "fisher",
     "hessian",
     "measured_kl",
     "outlier_count",
     "output_error",
+    "relevance",
 ]

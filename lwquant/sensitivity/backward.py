@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,23 +31,26 @@ def backward_block(
     block: nn.Module,
     hidden: Tensor,
     gradient: Tensor,
-    term: Term,
+    term: Term | Mapping[LinearSpec, Term],
     *,
     seen: Callable[[LinearSpec, Tensor], None] | None = None,
 ) -> dict[LinearSpec, Tensor]:
-    """The term of every linear of a loaded block, summed over the windows.
+    """The term of every linear of a loaded block, one for all or each its own, summed over windows.
 
     `hidden` and `gradient` are (n_samples, seq_len, hidden); `gradient` is of the block's output,
-    and becomes that of its input. `seen` is shown each linear's inputs (n_tokens, in_features).
+    and becomes that of its input. A term sees one window at a time; `seen` is shown each linear's
+    inputs (n_tokens, in_features).
     """
     sums: dict[LinearSpec, Tensor] = {}
 
     def watch(spec: LinearSpec) -> Callable[..., None]:
+        own_term = term[spec] if isinstance(term, Mapping) else term
+
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             inputs = args[0].detach().reshape(-1, spec.in_features)
 
             def caught(gradient: Tensor) -> None:  # returns nothing: the gradient itself stays
-                own = term(inputs, gradient.reshape(-1, spec.out_features))
+                own = own_term(inputs, gradient.reshape(-1, spec.out_features))
                 sums[spec] = sums[spec] + own if spec in sums else own
 
             if output.requires_grad:  # the decoder may run the block once more to learn its calls
@@ -85,6 +88,18 @@ def sampled_gradient(decoder: Decoder, last: Tensor, tokens: Tensor, seed: int) 
         log_probs = decoder.head(hidden)[0].log_softmax(-1)
         drawn = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
         chosen = log_probs.gather(1, drawn.to(log_probs.device)).sum()
+        (gradient[sample : sample + 1],) = torch.autograd.grad(chosen, [hidden])
+    return gradient
+
+
+def text_gradient(decoder: Decoder, last: Tensor, tokens: Tensor) -> Tensor:
+    """Gradient of Σ log p(next token of the text) in the last block's output."""
+    gradient = torch.empty_like(last)
+    for sample in range(len(last)):
+        hidden = last[sample : sample + 1].clone().requires_grad_(True)
+        log_probs = decoder.head(hidden)[0, :-1].log_softmax(-1)
+        following = tokens[sample, 1:, None].to(log_probs.device)
+        chosen = log_probs.gather(1, following).sum()
         (gradient[sample : sample + 1],) = torch.autograd.grad(chosen, [hidden])
     return gradient
 

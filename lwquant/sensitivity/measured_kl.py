@@ -59,7 +59,7 @@ def measured_kl(
             decoder, index, inputs[index], schemes, quantizer, perturbation, noise, generator
         )
         finals = _advance(decoder, range(index + 1, decoder.n_blocks), changed)
-        kls = torch.tensor([_kl(decoder, reference, h[:, ::positions]) for h in finals])
+        kls = torch.tensor([mean_kl(decoder, reference, h[:, ::positions]) for h in finals])
         rows.append(_spread(kls.double(), scales, len(schemes)))
     progress("sensitivity", "done", decoder.n_blocks, decoder.n_blocks)
     return Measurement(torch.cat(rows))
@@ -136,7 +136,7 @@ def _advance(decoder: Decoder, blocks: range, hidden: list[Tensor]) -> list[Tens
 
 
 @torch.no_grad()
-def _kl(decoder: Decoder, reference: Tensor, changed: Tensor) -> float:
+def mean_kl(decoder: Decoder, reference: Tensor, changed: Tensor) -> float:
     """Mean KL(reference ‖ changed) over all positions of (n_samples, n_positions, hidden)."""
     size = reference.shape[-1]
     total = 0.0

@@ -31,10 +31,14 @@ def output_error(
         stats = block_stats(decoder, visit.index, visit.block, visit.inputs)
         for spec in visit.linears:
             module = visit.block.get_submodule(decoder.local_name(spec))
-            hessian = stats[spec.input_group].hessian
-            weight = get_weight(module)
-            changes = weight_changes(module, stats[spec.input_group], schemes, quantizer)
-            energy = ((weight @ hessian) * weight).sum().double().item()
-            errors = ((changes @ hessian) * changes).sum((1, 2)).double().cpu().clamp(min=0)
-            costs.append(errors / energy if energy > 0 else torch.zeros_like(errors))
+            own = stats[spec.input_group]
+            changes = weight_changes(module, own, schemes, quantizer)
+            costs.append(relative_errors(get_weight(module), changes, own.hessian))
     return Measurement(torch.stack(costs))
+
+
+def relative_errors(weight: Tensor, changes: Tensor, hessian: Tensor) -> Tensor:
+    """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) of each change (n, out_features, in_features), (n,) float64."""
+    energy = ((weight @ hessian) * weight).sum().double().item()
+    errors = ((changes @ hessian) * changes).sum((1, 2)).double().cpu().clamp(min=0)
+    return errors / energy if energy > 0 else torch.zeros_like(errors)
