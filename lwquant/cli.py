@@ -33,6 +33,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Model folder, .gguf file or Hub id.")]
 Output = Annotated[Path, typer.Option(help="What to make; must not exist yet.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Transform = Annotated[str | None, typer.Option(help="rotate or none.")]
 Metric = Annotated[str | None, typer.Option(help="Sensitivity metric.")]
 Allocator = Annotated[str | None, typer.Option(help="uniform, ranked, spikes or exact.")]
 Quantizer = Annotated[str | None, typer.Option(help="rtn, gptq or quantease.")]
@@ -57,6 +58,7 @@ def quantize(
     max_kl: Annotated[float | None, typer.Option(help="Largest KL, in nats per token.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan JSON; skips planning.")] = None,
     report: Annotated[Path | None, typer.Option(help="Sensitivity JSON; skips measuring.")] = None,
+    transform: Transform = None,
     metric: Metric = None,
     allocator: Allocator = None,
     quantizer: Quantizer = None,
@@ -92,6 +94,7 @@ def quantize(
         device=device,
         overwrite=overwrite,
         command=shlex.join(["lwquant", *sys.argv[1:]]),
+        transform=transform,
         metric=metric,
         allocator=allocator,
         quantizer=quantizer,
@@ -109,7 +112,7 @@ def quantize(
                 "bpw": result.bpw,
                 "size_bytes": result.size_bytes,
                 "held_out": asdict(result.held_out),
-                "notes": list(result.plan.notes),
+                "notes": list(result.notes),
             }
         )
     else:
@@ -120,6 +123,7 @@ def quantize(
 def sensitivity(
     model: Model,
     output: Output,
+    transform: Transform = None,
     metric: Metric = None,
     quantizer: Quantizer = None,
     calibration: Calibration = None,
@@ -135,6 +139,7 @@ def sensitivity(
         recipe=recipe,
         calibration=calibration,
         device=device,
+        transform=transform,
         metric=metric,
         quantizer=quantizer,
         group_size=group_size,
@@ -203,6 +208,7 @@ def sweep(
     bpw: Annotated[str, typer.Option(help="Budgets, e.g. 2.5,3,3.5,4.")],
     output: Output,
     text: Annotated[Path | None, typer.Option(help="Text file to measure on.")] = None,
+    transform: Transform = None,
     metric: Metric = None,
     allocator: Allocator = None,
     quantizer: Quantizer = None,
@@ -224,6 +230,7 @@ def sweep(
         calibration=calibration,
         device=device,
         overwrite=overwrite,
+        transform=transform,
         metric=metric,
         allocator=allocator,
         quantizer=quantizer,
@@ -244,6 +251,7 @@ def ratio(
     high: Annotated[int, typer.Option(help="Bits of the others.")] = 4,
     shares: Annotated[str, typer.Option(help="Shares to lower.")] = "0,0.25,0.5,0.75,1",
     text: Annotated[Path | None, typer.Option(help="Text file to measure on.")] = None,
+    transform: Transform = None,
     metric: Metric = None,
     quantizer: Quantizer = None,
     correction: Correction = None,
@@ -266,6 +274,7 @@ def ratio(
         calibration=calibration,
         device=device,
         overwrite=overwrite,
+        transform=transform,
         metric=metric,
         quantizer=quantizer,
         correction=correction,
