@@ -13,7 +13,7 @@ from lwquant.matmul import fast_float32
 from lwquant.measured_plans import MeasuredPlan, measure_plans, tested_windows, write_rows
 from lwquant.prepare import OpenModel, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
-from lwquant.recipe import Recipe, rounding_of
+from lwquant.recipe import Recipe, rounding_of, transform_of
 from lwquant.sensitivity.report import write_report
 from lwquant.stages import check_budget, measure, merged, plan_report
 from lwquant.types import BitPlan
@@ -52,7 +52,7 @@ def sweep(
     chosen.refuse_replanning("is for one budget: quantize to each instead of a sweep")
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:
-        opened = open_model(model, device, revision)
+        opened = open_model(model, device, revision, transform_of(chosen.transform))
         for budget in bpw:
             check_budget(opened, chosen, budget)
         drawn = prepare_tokens(opened, chosen, texts, progress)

@@ -34,6 +34,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Model folder, .gguf file or Hub id.")]
 Output = Annotated[Path, typer.Option(help="What to make; must not exist yet.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Transform = Annotated[str | None, typer.Option(help="rotate or none.")]
 Metric = Annotated[str | None, typer.Option(help="Sensitivity metric.")]
 Allocator = Annotated[str | None, typer.Option(help="uniform, ranked, spikes or exact.")]
 Quantizer = Annotated[str | None, typer.Option(help="rtn, gptq or quantease.")]
@@ -58,6 +59,7 @@ def quantize(
     max_kl: Annotated[float | None, typer.Option(help="Largest KL, in nats per token.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan JSON; skips planning.")] = None,
     report: Annotated[Path | None, typer.Option(help="Sensitivity JSON; skips measuring.")] = None,
+    transform: Transform = None,
     metric: Metric = None,
     allocator: Allocator = None,
     quantizer: Quantizer = None,
@@ -96,6 +98,7 @@ def quantize(
         device=device,
         overwrite=overwrite,
         command=shlex.join(["lwquant", *sys.argv[1:]]),
+        transform=transform,
         metric=metric,
         allocator=allocator,
         quantizer=quantizer,
@@ -114,7 +117,7 @@ def quantize(
                 "bpw": result.bpw,
                 "size_bytes": result.size_bytes,
                 "held_out": asdict(result.held_out),
-                "notes": list(result.plan.notes),
+                "notes": list(result.notes),
             }
         )
     else:
@@ -125,6 +128,7 @@ def quantize(
 def sensitivity(
     model: Model,
     output: Output,
+    transform: Transform = None,
     metric: Metric = None,
     quantizer: Quantizer = None,
     calibration: Calibration = None,
@@ -140,6 +144,7 @@ def sensitivity(
         recipe=recipe,
         calibration=calibration,
         device=device,
+        transform=transform,
         metric=metric,
         quantizer=quantizer,
         group_size=group_size,
@@ -246,6 +251,7 @@ def sweep(
     bpw: Annotated[str, typer.Option(help="Budgets, e.g. 2.5,3,3.5,4.")],
     output: Output,
     text: Annotated[Path | None, typer.Option(help="Text file to measure on.")] = None,
+    transform: Transform = None,
     metric: Metric = None,
     allocator: Allocator = None,
     quantizer: Quantizer = None,
@@ -267,6 +273,7 @@ def sweep(
         calibration=calibration,
         device=device,
         overwrite=overwrite,
+        transform=transform,
         metric=metric,
         allocator=allocator,
         quantizer=quantizer,
@@ -287,6 +294,7 @@ def ratio(
     high: Annotated[int, typer.Option(help="Bits of the others.")] = 4,
     shares: Annotated[str, typer.Option(help="Shares to lower.")] = "0,0.25,0.5,0.75,1",
     text: Annotated[Path | None, typer.Option(help="Text file to measure on.")] = None,
+    transform: Transform = None,
     metric: Metric = None,
     quantizer: Quantizer = None,
     correction: Correction = None,
@@ -309,6 +317,7 @@ def ratio(
         calibration=calibration,
         device=device,
         overwrite=overwrite,
+        transform=transform,
         metric=metric,
         quantizer=quantizer,
         correction=correction,

@@ -13,6 +13,10 @@ class UnsupportedModelError(LwquantError):
     """The architecture is not a decoder-only causal LM with one list of blocks."""
 
 
+class TransformError(LwquantError):
+    """A transform would change what the model computes, so it is refused for this model."""
+
+
 class BudgetError(LwquantError):
     """The budget lies below the floor or above the ceiling of what the menu can reach."""
 

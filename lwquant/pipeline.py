@@ -33,7 +33,14 @@ from lwquant.matmul import fast_float32
 from lwquant.methods import describe
 from lwquant.prepare import OpenModel, Windows, bpw_of_size, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
-from lwquant.recipe import Recipe, Rounding, allocator_of, metric_of, rounding_of
+from lwquant.recipe import (
+    Recipe,
+    Rounding,
+    allocator_of,
+    metric_of,
+    rounding_of,
+    transform_of,
+)
 from lwquant.remeasure import remeasured_plan
 from lwquant.search import smallest_plan
 from lwquant.sensitivity.report import read_report, write_report
@@ -53,6 +60,7 @@ class Result:
     report: SensitivityReport | None
     held_out: Quality  # on further windows of the calibration texts, not on a benchmark
     size_bytes: int
+    notes: tuple[str, ...] = ()  # of the transform and the plan
 
     @property
     def bpw(self) -> float:
@@ -99,13 +107,14 @@ def quantize(
     progress = progress or StderrProgress()
     chosen, texts = merged(recipe, calibration, settings)
     rounding = rounding_of(chosen.quantizer, chosen.correction)
+    transform = transform_of(chosen.transform)
     metric_of(chosen.metric), allocator_of(chosen.allocator)  # unknown names fail here, not later
     budget = _one_budget(bpw, size, max_kl, plan)
     if plan is not None or max_kl is not None:
         chosen.refuse_replanning("needs a budget in bpw or size, not a plan or max_kl")
     check_output(output, overwrite)
     with fast_float32():
-        opened = open_model(model, device, revision)
+        opened = open_model(model, device, revision, transform)
         target = bpw_of_size(opened, size) if size is not None else bpw
         given = _given_plan(plan, opened)
         known = read_report(Path(report)) if isinstance(report, str | Path) else report
@@ -155,7 +164,7 @@ def _quantize_and_save(
     progress: Progress,
 ) -> Result:
     decoder = opened.decoder
-    notes = list(plan.notes)
+    notes = [*opened.notes, *plan.notes]
     if len(windows.tuning):
         notes.append(f"scales tuned together on {len(windows.tuning)} further windows")
     calibration, held_out = windows.calibration, windows.held_out
@@ -196,6 +205,7 @@ def _quantize_and_save(
                 name: LinearRecord(**asdict(scheme), cost=plan.costs.get(name))
                 for name, scheme in plan.schemes.items()
             },
+            transform=opened.transform,
             notes=tuple(notes),
         )
         (folder / RUN_FILE).write_text(record.to_json(), encoding="utf-8")
@@ -209,7 +219,7 @@ def _quantize_and_save(
         )
         (folder / EVALUATION_FILE).write_text(evaluation.to_json(), encoding="utf-8")
         write_manifest(folder)
-    return Result(output, plan, report, quality, size_bytes)
+    return Result(output, plan, report, quality, size_bytes, (*opened.notes, *plan.notes))
 
 
 def sixteen_bits(weight: Tensor, opened: OpenModel, name: str) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ from lwquant.capture.generate import sample_windows
 from lwquant.capture.text import SELF, read_source
 from lwquant.capture.tokens import calibration_set, from_tokens, token_hash
 from lwquant.errors import BudgetError, CalibrationError, CheckpointError
+from lwquant.methods import describe
 from lwquant.model.checkpoint import WeightSource, open_checkpoint, resolve
 from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.recipe import Recipe
+from lwquant.transforms import Transform
+from lwquant.transforms.apply import transformed
 from lwquant.types import CalibrationSet
 
 ARRAYS = ("qweight", "scales", "zeros")  # of each quantized linear
@@ -46,6 +49,8 @@ class OpenModel:
     source: WeightSource
     decoder: Decoder
     tokenizer: Any
+    transform: Mapping[str, object] | None = None  # what source and decoder went through
+    notes: tuple[str, ...] = ()  # what has to be noted of it
 
     @property
     def n_weights(self) -> int:
@@ -72,10 +77,18 @@ class OpenModel:
         return [key for key in keys if key]
 
 
-def open_model(model: str | Path, device: str = "cpu", revision: str | None = None) -> OpenModel:
+def open_model(
+    model: str | Path,
+    device: str = "cpu",
+    revision: str | None = None,
+    transform: Transform | None = None,
+) -> OpenModel:
     """Open and check a checkpoint; all its weights are read once, so that NaN is found early.
 
-    Raises CheckpointError, UnsupportedModelError.
+    Args:
+        transform: source and decoder are those of the transformed model.
+
+    Raises CheckpointError, UnsupportedModelError, TransformError.
     """
     path = resolve(model, revision)
     source = open_checkpoint(path)
@@ -86,7 +99,11 @@ def open_model(model: str | Path, device: str = "cpu", revision: str | None = No
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: no usable tokenizer: {error}") from error
-    return OpenModel(str(model), path, source, decoder, tokenizer)
+    if transform is None:
+        return OpenModel(str(model), path, source, decoder, tokenizer)
+    decoder, notes = transformed(decoder, transform)
+    name = str(model)
+    return OpenModel(name, path, decoder.source, decoder, tokenizer, describe(transform), notes)
 
 
 def prepare_tokens(

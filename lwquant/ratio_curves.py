@@ -20,7 +20,7 @@ from lwquant.matmul import fast_float32
 from lwquant.measured_plans import MeasuredPlan, measure_plans, tested_windows, write_rows
 from lwquant.prepare import open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
-from lwquant.recipe import Recipe, rounding_of
+from lwquant.recipe import Recipe, rounding_of, transform_of
 from lwquant.sensitivity.report import write_report
 from lwquant.stages import measure, merged
 from lwquant.types import BitPlan, QuantScheme, SensitivityReport
@@ -74,7 +74,7 @@ def ratio_curves(
     chosen.refuse_replanning("is for one budget, not for curves")
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:
-        opened = open_model(model, device, revision)
+        opened = open_model(model, device, revision, transform_of(chosen.transform))
         drawn = prepare_tokens(opened, chosen, texts, progress)
         tested = tested_windows(opened, drawn, text, windows)
         report = measure(opened, drawn.calibration, chosen, progress)

@@ -15,6 +15,7 @@ from lwquant.corrections import CORRECTIONS
 from lwquant.errors import LwquantError
 from lwquant.quantizers import QUANTIZERS
 from lwquant.sensitivity import METRICS
+from lwquant.transforms import TRANSFORMS
 from lwquant.types import QuantScheme, Records
 
 Method = str | Mapping[str, Any] | Callable[..., Any]
@@ -33,6 +34,7 @@ class Recipe:
     seed: int = 0
     held_out: int = 8  # further windows of the same texts, for the KL shown at the end of a run
     sensitivity_samples: int = 32  # how many of the calibration windows the metric looks at
+    transform: Method = "none"
     metric: Method = "fisher"
     allocator: Method = "exact"
     quantizer: Method = "gptq"
@@ -139,6 +141,11 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
 
 def metric_of(method: Method) -> Callable[..., Any]:
     return _look_up("metric", METRICS, method)
+
+
+def transform_of(method: Method) -> Callable[..., Any] | None:
+    """The transform, or None where the recipe says "none"."""
+    return _look_up("transform", {**TRANSFORMS, "none": None}, method)
 
 
 def allocator_of(method: Method) -> Callable[..., Any]:

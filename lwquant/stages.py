@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from lwquant.errors import PlanError
 from lwquant.matmul import fast_float32
 from lwquant.prepare import OpenModel, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
-from lwquant.recipe import Recipe, allocator_of, load_recipe, metric_of, rounding_of
+from lwquant.recipe import (
+    Recipe,
+    allocator_of,
+    load_recipe,
+    metric_of,
+    rounding_of,
+    transform_of,
+)
 from lwquant.sensitivity.report import measure_sensitivity, read_report
 from lwquant.types import BitPlan, CalibrationSet, QuantScheme, SensitivityReport
 
@@ -38,7 +46,7 @@ def measure_model(
     chosen, texts = merged(recipe, calibration, settings)
     metric_of(chosen.metric)
     with fast_float32():
-        opened = open_model(model, device, revision)
+        opened = open_model(model, device, revision, transform_of(chosen.transform))
         windows = prepare_tokens(opened, chosen, texts, progress)
         return measure(opened, windows.calibration, chosen, progress)
 
@@ -72,7 +80,7 @@ def measure(
     opened: OpenModel, windows: CalibrationSet, recipe: Recipe, progress: Progress
 ) -> SensitivityReport:
     """Run the recipe's metric on the first `sensitivity_samples` calibration windows."""
-    return measure_sensitivity(
+    report = measure_sensitivity(
         opened.decoder,
         few_windows(windows, recipe),
         recipe.schemes(),
@@ -81,6 +89,7 @@ def measure(
         model=opened.name,
         progress=progress,
     )
+    return replace(report, transform=opened.transform)
 
 
 def few_windows(windows: CalibrationSet, recipe: Recipe) -> CalibrationSet:
@@ -122,8 +131,19 @@ def check_budget(opened: OpenModel, recipe: Recipe, bpw: float) -> None:
 
 
 def check_report(report: SensitivityReport | None, opened: OpenModel) -> None:
-    """PlanError when the report is of a model with other linears."""
-    if report is not None and report.linears != opened.decoder.linears:
+    """PlanError when the report is of a model with other linears, or transformed otherwise."""
+    if report is None:
+        return
+    if report.linears != opened.decoder.linears:
         raise PlanError(
             f"the sensitivity report of {report.model!r} has other linears than the model"
         )
+    if report.transform != opened.transform:
+        raise PlanError(
+            f"the sensitivity report of {report.model!r} was measured with transform "
+            f"{_named(report.transform)}, the run has {_named(opened.transform)}"
+        )
+
+
+def _named(transform: Mapping[str, object] | None) -> str:
+    return "none" if transform is None else str(dict(transform))

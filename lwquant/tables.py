@@ -50,7 +50,7 @@ def print_result(result: Result) -> None:
     )
     print(f"measured on {quality.tokens} held-out tokens of the calibration text")
     print_widths({name: scheme.bits for name, scheme in result.plan.schemes.items()})
-    for note in result.plan.notes:
+    for note in result.notes:
         print(f"note: {note}")
 
 

@@ -201,6 +201,7 @@ class SensitivityReport:
     model: str = ""
     calibration: Mapping[str, object] = field(default_factory=dict)
     scores: tuple[float, ...] | None = None  # per block, larger is more important (ranked metrics)
+    transform: Mapping[str, object] | None = None  # that the measured model went through
 
 
 @dataclass(frozen=True)

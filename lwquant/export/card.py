@@ -88,10 +88,16 @@ def _introduction(record: RunRecord) -> str:
     name = (
         f"[{base}](https://huggingface.co/{base})" if is_hub_id(record.base_model) else f"`{base}`"
     )
+    others = "Embeddings, norms and head are unchanged."
+    if record.transform:
+        others = (
+            f"Before that all weights were transformed ({_settings(record.transform)}), which "
+            "changes nothing in what the model computes; embeddings and head are stored as wide "
+            "as they were."
+        )
     return (
         f"{name} with its linear layers quantized to {record.bpw:.3f} bits per weight on average "
-        f"by lwquant {record.lwquant}, each layer with a width of its own. Embeddings, norms and "
-        "head are unchanged."
+        f"by lwquant {record.lwquant}, each layer with a width of its own. {others}"
     )
 
 
@@ -180,6 +186,7 @@ def _making(record: RunRecord) -> str:
         ("seed", str(record.seed)),
         ("sensitivity metric", _settings(record.metric)),
         ("allocator", _settings(record.allocator)),
+        ("transform", _settings(record.transform) if record.transform else "none"),
         ("quantizer", _settings(record.quantizer)),
         ("correction", _settings(record.correction) if record.correction else "none"),
         ("budget", _settings(record.budget)),

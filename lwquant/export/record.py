@@ -60,6 +60,7 @@ class RunRecord:
     original_size_bytes: int
     linears: Mapping[str, LinearRecord]
     correction: Mapping[str, Any] | None = None
+    transform: Mapping[str, Any] | None = None  # None where the model was quantized as it is
     uniform_bpw: float | None = None
     original_bpw: float | None = None
     notes: tuple[str, ...] = ()
@@ -97,6 +98,7 @@ class RunRecord:
             original_size_bytes=keys.get("original_size_bytes", _integer),
             linears=linears,
             correction=keys.optional("correction", _mapping),
+            transform=keys.optional("transform", _mapping),
             uniform_bpw=keys.optional("uniform_bpw", _number),
             original_bpw=keys.optional("original_bpw", _number),
             notes=keys.optional("notes", _strings) or (),

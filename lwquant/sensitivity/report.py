@@ -71,6 +71,7 @@ def write_report(report: SensitivityReport, path: Path) -> None:
         "calibration": report.calibration,
         "schemes": labels,
         "scores": report.scores,
+        "transform": report.transform,
         "linears": linears,
     }
     write_json(path, KIND, VERSION, body)
@@ -112,4 +113,5 @@ def read_report(path: Path) -> SensitivityReport:
         body.get("model", ""),
         body.get("calibration", {}),
         tuple(scores) if scores is not None else None,
+        body.get("transform"),
     )
