@@ -42,6 +42,7 @@ Correction = Annotated[str | None, typer.Option(help="qep, gptaq or none.")]
 Calibration = Annotated[
     str | None, typer.Option(help="builtin, self, a text file, or datasets:NAME[,CONFIG].")
 ]
+Effort = Annotated[str | None, typer.Option(help="fast, default or best; a recipe by its name.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Recipe name or .toml file.")]
 Device = Annotated[str, typer.Option(help="Where to compute, e.g. cpu or cuda.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the calibration windows.")]
@@ -66,6 +67,7 @@ def quantize(
     correction: Correction = None,
     calibration: Calibration = None,
     recipe: RecipeName = "default",
+    effort: Effort = None,
     group_size: GroupSize = None,
     tie_fused: Annotated[
         bool, typer.Option(help="Same width for q/k/v and for gate/up, as vLLM needs.")
@@ -106,6 +108,7 @@ def quantize(
         group_size=group_size,
         seed=seed,
         tie_fused=tie_fused or None,
+        effort=effort,
         tune=tune,
         remeasure=remeasure,
         local_search=local_search,
@@ -133,6 +136,7 @@ def sensitivity(
     quantizer: Quantizer = None,
     calibration: Calibration = None,
     recipe: RecipeName = "default",
+    effort: Effort = None,
     group_size: GroupSize = None,
     device: Device = "cpu",
     seed: Seed = None,
@@ -147,6 +151,7 @@ def sensitivity(
         transform=transform,
         metric=metric,
         quantizer=quantizer,
+        effort=effort,
         group_size=group_size,
         seed=seed,
     )
@@ -258,6 +263,7 @@ def sweep(
     correction: Correction = None,
     calibration: Calibration = None,
     recipe: RecipeName = "default",
+    effort: Effort = None,
     device: Device = "cpu",
     seed: Seed = None,
     overwrite: Overwrite = False,
@@ -278,6 +284,7 @@ def sweep(
         allocator=allocator,
         quantizer=quantizer,
         correction=correction,
+        effort=effort,
         seed=seed,
     )
     if as_json:
@@ -300,6 +307,7 @@ def ratio(
     correction: Correction = None,
     calibration: Calibration = None,
     recipe: RecipeName = "default",
+    effort: Effort = None,
     device: Device = "cpu",
     seed: Seed = None,
     overwrite: Overwrite = False,
@@ -321,6 +329,7 @@ def ratio(
         metric=metric,
         quantizer=quantizer,
         correction=correction,
+        effort=effort,
         seed=seed,
     )
     if as_json:

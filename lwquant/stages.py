@@ -12,7 +12,7 @@ import torch
 from lwquant.allocators.plan import constrained, make_plan
 from lwquant.allocators.problem import Problem, fused_groups, problem_of
 from lwquant.capture.tokens import from_tokens
-from lwquant.errors import PlanError
+from lwquant.errors import LwquantError, PlanError
 from lwquant.matmul import fast_float32
 from lwquant.prepare import OpenModel, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
@@ -26,6 +26,8 @@ from lwquant.recipe import (
 )
 from lwquant.sensitivity.report import measure_sensitivity, read_report
 from lwquant.types import BitPlan, CalibrationSet, QuantScheme, SensitivityReport
+
+EFFORTS = ("fast", "default", "best")
 
 
 def measure_model(
@@ -68,7 +70,18 @@ def plan(
 def merged(
     recipe: str | Path | Recipe, calibration: str | Sequence[str] | None, settings: dict[str, Any]
 ) -> tuple[Recipe, list[str] | None]:
-    """The recipe with single settings put in, and the texts where they were given themselves."""
+    """The recipe with single settings put in, and the texts where they were given themselves.
+
+    The setting "effort" names one of the shipped recipes EFFORTS in place of `recipe`.
+    """
+    settings = dict(settings)
+    effort = settings.pop("effort", None)
+    if effort is not None:
+        if recipe != "default":
+            raise LwquantError(f"effort={effort!r} is a recipe itself: give it or recipe, not both")
+        if effort not in EFFORTS:
+            raise LwquantError(f"effort={effort!r} is not one of {', '.join(EFFORTS)}")
+        recipe = effort
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if isinstance(calibration, str):
         return chosen.changed(**settings, sources=(calibration,)), None

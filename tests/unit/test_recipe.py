@@ -1,11 +1,14 @@
 """Recipes by name and from files."""
 
+from dataclasses import replace
+
 import pytest
 
 from lwquant.corrections import error_propagation
 from lwquant.errors import LwquantError
 from lwquant.quantizers import gptq, rtn
 from lwquant.recipe import Recipe, load_recipe, metric_of, rounding_of
+from lwquant.stages import EFFORTS, merged
 
 
 def test_the_default_recipe_is_the_recipe_class_with_its_defaults():
@@ -71,3 +74,15 @@ def test_corrections_fit_the_quantizer():
     assert gptaq.correction is None and gptaq.records == "all"
     with pytest.raises(LwquantError, match="use quantizer 'gptq'"):
         rounding_of("rtn", "gptaq")
+
+
+def test_an_effort_is_a_shipped_recipe_by_its_name():
+    for effort in EFFORTS:
+        assert merged("default", None, {"effort": effort, "seed": 3})[0] == replace(
+            load_recipe(effort), seed=3
+        )
+    assert merged("default", None, {"effort": None})[0] == Recipe()
+    with pytest.raises(LwquantError, match="'fastest' is not one of fast, default, best"):
+        merged("default", None, {"effort": "fastest"})
+    with pytest.raises(LwquantError, match="not both"):
+        merged("fused", None, {"effort": "best"})
