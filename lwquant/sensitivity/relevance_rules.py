@@ -36,14 +36,15 @@ class RelevanceRules(TorchFunctionMode):
     """What runs forward while it is entered has these rules in its backward pass, equal values."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, key, value = (kwargs.pop(n, None) for n in ("query", "key", "value"))
-            query, key, value = (*args[:3], *(x for x in (query, key, value) if x is not None))
-            factors = _scaled(query, 0.25), _scaled(key, 0.25), _scaled(value, 0.5)
-            return func(*factors, *args[3:], **kwargs)
+            names = [name for name in ("query", "key", "value") if name in kwargs]
+            query, key, value, *rest = [*args[:3], *(kwargs.pop(n) for n in names), *args[3:]]
+            return func(
+                _scaled(query, 0.25), _scaled(key, 0.25), _scaled(value, 0.5), *rest, **kwargs
+            )
         if func in ACTIVATIONS:
             return _gain(args[0], func(*args, **kwargs))
         if func in RECIPROCAL_ROOTS:

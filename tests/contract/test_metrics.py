@@ -8,9 +8,11 @@ import torch
 from oracles import kl_per_token, proxy_loss
 from transformers import AutoModelForCausalLM
 
+import lwquant
 from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.quantizers import gptq, rtn
+from lwquant.recipe import Recipe
 from lwquant.sensitivity import METRICS, fisher, measured_kl, output_error
 from lwquant.sensitivity.augmented_hessian import augmented_hessian
 from lwquant.sensitivity.delta_loss import delta_loss
@@ -275,3 +277,21 @@ def test_augmented_costs_are_the_own_term_and_half_of_each_pair_term(decoder, to
         )
         assert (shares > least[:, column]).double().mean() > 0.7
         assert ((shares - own).abs() > 0.05 * own).double().mean() > 0.5  # the pairs do count
+
+
+def test_augmented_costs_guide_the_search_for_the_smallest_plan_under_a_kl(
+    tiny_folder, heldout_text, tmp_path
+):
+    result = lwquant.quantize(
+        tiny_folder,
+        max_kl=0.2,
+        output=tmp_path / "out",
+        recipe=Recipe(n_samples=4, seq_len=32, held_out=4, group_size=32, bits=(2, 3, 4, 16)),
+        calibration=[heldout_text[:4000]],
+        metric="augmented_hessian",
+        quantizer="rtn",
+        correction="none",
+        progress=lambda *_: None,
+    )
+    assert result.report.metric["name"] == "augmented_hessian"
+    assert result.held_out.kl_divergence <= 0.2 and result.bpw < 5
