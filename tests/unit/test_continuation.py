@@ -11,15 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lwquant.errors import CalibrationError, CheckpointError
-from lwquant.evaluation.continuation import (
-    BATCH_TOKENS,
-    LEAST_FILL,
-    Continuation,
-    Score,
-    encode,
-    score,
-)
-from lwquant.evaluation.measure import CHUNK, Predictions
+from lwquant.evaluation import continuation as module
+from lwquant.evaluation.continuation import LEAST_FILL, Continuation, Score, encode, score
+from lwquant.evaluation.measure import Predictions
 from lwquant.evaluation.subject import PackedModel, open_subject
 from lwquant.progress import silent
 
@@ -97,16 +91,17 @@ def test_scores_come_in_the_order_of_the_texts_whatever_their_lengths(bigram):
     assert backwards == found[::-1]
 
 
-def test_batches_are_bounded_and_of_similar_lengths(bigram):
-    items = list(random_continuations(40, longest=BATCH_TOKENS // 16))
-    items.append(Continuation(torch.randint(VOCAB, (BATCH_TOKENS + 5,)), CHUNK, ""))
+def test_batches_are_bounded_and_of_similar_lengths(bigram, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_TOKENS", 200)
+    monkeypatch.setattr(module, "CHUNK", 7)
+    items = [*random_continuations(60), Continuation(torch.randint(VOCAB, (205,)), 20, "")]
     found = score(bigram, items)
-    assert_equal(found, [spelled_out(item, bigram.table[item.tokens]) for item in items], 1e-4)
+    assert_equal(found, [spelled_out(item, bigram.table[item.tokens]) for item in items])
     lengths = sorted((len(item.tokens) for item in items), reverse=True)
     for n_texts, longest in bigram.shapes:
         members, lengths = lengths[:n_texts], lengths[n_texts:]
         assert members[0] == longest and members[-1] >= LEAST_FILL * longest
-        assert n_texts == 1 or n_texts * longest <= BATCH_TOKENS
+        assert n_texts == 1 or n_texts * longest <= 200
     assert not lengths and len(bigram.shapes) < len(items) / 2
 
 
