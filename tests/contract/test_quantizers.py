@@ -182,6 +182,68 @@ def test_gptaq_without_drift_is_gptq_and_with_drift_comes_closer_to_the_float_ou
         gptq(weight, LayerStats(hessian, None, 400), scheme, asymmetry=0.25)
 
 
+def first_order_oracle(weight, hessian, scales, zeros, max_code, strength):
+    """FOEM from its Taylor expansion: given that column c moves by q − w, the others minimize
+    β (w − w₀) H δᵀ + ½ δ H δᵀ; of their drift −β (w − w₀) each takes its own when its turn comes.
+    """
+    original = weight.double()
+    latent = original.clone()
+    codes = torch.empty_like(latent)
+    for column in range(weight.shape[1]):
+        target = latent[:, column] - strength * (latent[:, column] - original[:, column])
+        steps = target / scales[:, column].double() + zeros[:, column].double()
+        codes[:, column] = steps.round().clamp(0, max_code)
+        got = (codes[:, column] - zeros[:, column]) * scales[:, column]
+        inverse = torch.linalg.inv(hessian.double()[column:, column:])
+        moved = got - target + strength * (target - original[:, column])
+        latent[:, column + 1 :] += moved[:, None] * inverse[0, 1:] / inverse[0, 0]
+    return codes
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("strength", [0.1, 0.5])
+@pytest.mark.parametrize("in_features", [20, 150])  # one lazy block, and two
+def test_the_first_order_term_matches_its_definition(bits, strength, in_features):
+    weight, stats = make_layer(6, in_features)
+    scheme = QuantScheme(bits, 8)
+    got = gptq(weight, stats, scheme, act_order=False, first_order=strength)
+    ridge = 0.01 * stats.hessian.diagonal().mean() * torch.eye(in_features)
+    expand = torch.arange(in_features) // 8
+    scales, zeros = got.scales.float()[:, expand], got.zeros.float()[:, expand]
+    damped = stats.hessian + ridge
+    wanted = first_order_oracle(weight, damped, scales, zeros, scheme.max_code, strength)
+    assert (got.codes.double() != wanted).float().mean() <= 0.02
+    assert not torch.equal(got.codes, gptq(weight, stats, scheme, act_order=False).codes)
+
+
+def test_the_first_order_term_leads_from_gptq_to_plain_rounding():
+    weight, stats = make_layer()
+    scheme = QuantScheme(3, 16)
+    # Nearly nothing: the other loop, the same codes.
+    least = gptq(weight, stats, scheme, first_order=1e-9)
+    assert torch.equal(least.codes, gptq(weight, stats, scheme).codes)
+    full = gptq(weight, stats, scheme, first_order=1.0)
+    grid = fit_grid(weight, scheme, stats.hessian.diagonal())
+    assert torch.equal(full.codes, grid.round(weight).byte())
+    half = gptq(weight, stats, scheme, first_order=0.5).dequantize()
+    moves = [(w.dequantize() - weight).norm() for w in (full, least)]
+    assert moves[0] < (half - weight).norm() < moves[1]
+    with pytest.raises(ValueError, match=r"first_order=1\.5"):
+        gptq(weight, stats, scheme, first_order=1.5)
+
+
+def test_both_extra_terms_of_gptq_work_together():
+    weight, stats = make_layer()
+    scheme = QuantScheme(3, 16)
+    drifted = LayerStats(stats.hessian, 0.1 * stats.hessian, stats.n_tokens)
+    pulled = gptq(weight, drifted, scheme, asymmetry=0.5)
+    same = gptq(weight, drifted, scheme, asymmetry=0.5, first_order=1e-9)
+    assert torch.equal(pulled.codes, same.codes)
+    both = gptq(weight, drifted, scheme, asymmetry=0.5, first_order=0.3)
+    alone = gptq(weight, drifted, scheme, first_order=0.3)
+    assert not torch.equal(both.codes, alone.codes) and not torch.equal(both.codes, pulled.codes)
+
+
 @every_width
 def test_plain_rounding_errs_by_at_most_half_a_step_inside_the_range(bits):
     weight, stats = make_layer()
