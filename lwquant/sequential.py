@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from lwquant.capture.record import catching_inputs
 from lwquant.capture.stats import StatsAccumulator
 from lwquant.corrections import Correction
-from lwquant.errors import RoundingError
+from lwquant.errors import LwquantError, RoundingError
+from lwquant.importance import BlockView, TokenWeighting
+from lwquant.model.attention import attention_probabilities
 from lwquant.model.decoder import Decoder
 from lwquant.model.residual import Residual, residual_writers
 from lwquant.model.structure import get_weight, set_weight
@@ -34,11 +36,12 @@ class Streams:
     quantized: Tensor
     floating: Tensor
     n_calibration: int
+    tokens: Tensor  # (n_samples, seq_len) that they are of
 
     @classmethod
     def start(cls, decoder: Decoder, tokens: Tensor, n_calibration: int) -> Streams:
         hidden = torch.cat([decoder.embed(row[None]) for row in tokens])
-        return cls(hidden, hidden.clone(), n_calibration)
+        return cls(hidden, hidden.clone(), n_calibration, tokens)
 
 
 @dataclass
@@ -67,6 +70,7 @@ def quantize_blocks(
     correction: Correction | None = None,
     *,
     needs_drift: bool | None = None,
+    weighting: TokenWeighting | None = None,
     progress: Progress = silent,
 ) -> Iterator[QuantizedLinearResult]:
     """Quantize every linear in forward order; yields each as it is done.
@@ -74,7 +78,8 @@ def quantize_blocks(
     The linears of a block that read the same tensor share one set of statistics; it is recorded
     after the linears before them in the block were quantized. `streams` ends up after the last
     block. `needs_drift` asks for what the float model does differently, in the linears' inputs and
-    in the residual stream (default: when there is a correction).
+    in the residual stream (default: when there is a correction). `weighting` says how much each
+    calibration token counts in a block's statistics (default: all the same).
     """
     needs_drift = correction is not None if needs_drift is None else needs_drift
     for index in range(decoder.n_blocks):
@@ -88,6 +93,7 @@ def quantize_blocks(
                 quantizer,
                 correction,
                 needs_drift,
+                weighting,
                 progress,
             )
     progress("quantize", "done", decoder.n_blocks, decoder.n_blocks)
@@ -102,6 +108,7 @@ def _quantize_block(
     quantizer: Quantizer,
     correction: Correction | None,
     needs_drift: bool,
+    weighting: TokenWeighting | None,
     progress: Progress,
 ) -> Iterator[QuantizedLinearResult]:
     groups: dict[int, list[LinearSpec]] = {}
@@ -115,10 +122,18 @@ def _quantize_block(
         original = advance_and_catch(decoder, index, block, streams, first)
     else:  # only the held-out samples are ever compared with the float model
         advance(decoder, index, block, streams.floating[streams.n_calibration :])
+    weights = None
+    if weighting is not None and rounded:
+        try:
+            weights = weighting(view_of(decoder, index, block, streams))
+        except LwquantError:
+            raise
+        except ValueError as error:
+            raise RoundingError(f"tokens of block {index}: {error}") from error
     for group, members in groups.items():
         stats = None
         if group in rounded:
-            stats = record_stats(decoder, index, block, members, streams, original)
+            stats = record_stats(decoder, index, block, members, streams, original, weights)
         for spec in members:
             module = _module(decoder, block, spec)
             if stats is None or schemes[spec.name].is_float:
@@ -159,12 +174,14 @@ def record_stats(
     members: Sequence[LinearSpec],
     streams: Streams,
     original: FloatBlock | None,
+    weights: Tensor | None = None,
 ) -> LayerStats:
     """Statistics of the input that `members`, linears of the block as it is now, have in common.
 
     Args:
         original: the float model's block, where the drift from it is wanted; the members' inputs
             are taken out of it. The streams' floating part is past this block then.
+        weights: how much each token counts, (n_calibration, seq_len).
     """
     module = _module(decoder, block, members[0])
     float_inputs, residual = None, None
@@ -175,10 +192,11 @@ def record_stats(
     accumulator = StatsAccumulator()
     for number, rows in enumerate(chunks(streams.n_calibration, streams.quantized.shape[1])):
         entry = streams.quantized[rows]
+        counts = None if weights is None else weights[rows]
         with catching_inputs({0: module}, stop=residual != "output") as caught:
             output = decoder.run(index, block, entry)
         if original is None or float_inputs is None:
-            accumulator.add(caught[0])
+            accumulator.add(caught[0], weights=counts)
             continue
         owed = None
         if residual == "input":
@@ -186,8 +204,21 @@ def record_stats(
         elif residual == "output":  # the block's outputs hold what the linear itself puts out, too
             own = nn.functional.linear(float_inputs[number] - caught[0], get_weight(module))
             owed = streams.floating[rows] - output - own.reshape(output.shape)
-        accumulator.add(caught[0], float_inputs[number], owed)
+        accumulator.add(caught[0], float_inputs[number], owed, counts)
     return accumulator.result()
+
+
+def view_of(decoder: Decoder, index: int, block: nn.Module, streams: Streams) -> BlockView:
+    """The block and its calibration samples on the quantized stream, for a token importance."""
+    n = streams.n_calibration
+    entry = streams.quantized[:n]
+    parts = list(chunks(n, entry.shape[1]))
+    return BlockView(
+        streams.tokens[:n],
+        entry,
+        lambda: torch.cat([decoder.run(index, block, entry[rows]) for rows in parts]),
+        lambda: (attention_probabilities(decoder, index, block, entry[rows]) for rows in parts),
+    )
 
 
 def advance_and_catch(
