@@ -13,7 +13,7 @@ from lwquant.matmul import fast_float32
 from lwquant.measured_plans import MeasuredPlan, measure_plans, tested_windows, write_rows
 from lwquant.prepare import OpenModel, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
-from lwquant.recipe import Recipe, rounding_of, transform_of
+from lwquant.recipe import Recipe, transform_of
 from lwquant.sensitivity.report import write_report
 from lwquant.stages import check_budget, measure, merged, plan_report
 from lwquant.types import BitPlan
@@ -48,7 +48,7 @@ def sweep(
     """
     progress = progress or StderrProgress()
     chosen, texts = merged(recipe, calibration, settings)
-    rounding = rounding_of(chosen.quantizer, chosen.correction)
+    rounding = chosen.rounding()
     chosen.refuse_replanning("is for one budget: quantize to each instead of a sweep")
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:

@@ -37,8 +37,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Transform = Annotated[str | None, typer.Option(help="rotate or none.")]
 Metric = Annotated[str | None, typer.Option(help="Sensitivity metric.")]
 Allocator = Annotated[str | None, typer.Option(help="uniform, ranked, spikes or exact.")]
-Quantizer = Annotated[str | None, typer.Option(help="rtn, gptq or quantease.")]
+Quantizer = Annotated[str | None, typer.Option(help="rtn, hqq, gptq or quantease.")]
 Correction = Annotated[str | None, typer.Option(help="qep, gptaq or none.")]
+TokenImportance = Annotated[
+    str | None, typer.Option(help="How calibration tokens count, e.g. attention_concentration.")
+]
 Calibration = Annotated[
     str | None, typer.Option(help="builtin, self, a text file, or datasets:NAME[,CONFIG].")
 ]
@@ -65,6 +68,7 @@ def quantize(
     allocator: Allocator = None,
     quantizer: Quantizer = None,
     correction: Correction = None,
+    token_importance: TokenImportance = None,
     calibration: Calibration = None,
     recipe: RecipeName = "default",
     effort: Effort = None,
@@ -105,6 +109,7 @@ def quantize(
         allocator=allocator,
         quantizer=quantizer,
         correction=correction,
+        token_importance=token_importance,
         group_size=group_size,
         seed=seed,
         tie_fused=tie_fused or None,

@@ -64,6 +64,7 @@ def measure_plan(
         rounding.quantizer,
         rounding.correction,
         records=rounding.records,
+        weighting=rounding.weighting,
         progress=progress,
     ):
         (waiting.append if tunes else keep)(done)

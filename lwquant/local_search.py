@@ -71,9 +71,7 @@ def searched_plan(
         "uniform": plan_report(report, bpw, recipe=recipe.changed(allocator="uniform")),
         "spikes": plan_report(report, bpw, recipe=recipe.changed(allocator=spikes)),
     }
-    best, note = best_plan(
-        opened, candidates, rounding_of(recipe.quantizer, recipe.correction), windows, progress
-    )
+    best, note = best_plan(opened, candidates, recipe.rounding(), windows, progress)
     found = (
         f"local search: {sum(kept)} of {len(kept)} measured moves kept, KL {before:.4f} to "
         f"{model.kl:.4f} on {len(tokens)} calibration windows, without propagation"

@@ -33,14 +33,7 @@ from lwquant.matmul import fast_float32
 from lwquant.methods import describe
 from lwquant.prepare import OpenModel, Windows, bpw_of_size, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
-from lwquant.recipe import (
-    Recipe,
-    Rounding,
-    allocator_of,
-    metric_of,
-    rounding_of,
-    transform_of,
-)
+from lwquant.recipe import Recipe, Rounding, allocator_of, metric_of, transform_of
 from lwquant.remeasure import remeasured_plan
 from lwquant.search import smallest_plan
 from lwquant.sensitivity.report import read_report, write_report
@@ -106,7 +99,7 @@ def quantize(
     """
     progress = progress or StderrProgress()
     chosen, texts = merged(recipe, calibration, settings)
-    rounding = rounding_of(chosen.quantizer, chosen.correction)
+    rounding = chosen.rounding()
     transform = transform_of(chosen.transform)
     metric_of(chosen.metric), allocator_of(chosen.allocator)  # unknown names fail here, not later
     budget = _one_budget(bpw, size, max_kl, plan)
@@ -167,6 +160,13 @@ def _quantize_and_save(
     notes = [*opened.notes, *plan.notes]
     if len(windows.tuning):
         notes.append(f"scales tuned together on {len(windows.tuning)} further windows")
+    if recipe.expand > 1:
+        notes.append(f"each calibration window used {recipe.expand} times, shifted around")
+    if rounding.weighting is not None:
+        settings = {**describe(rounding.weighting.score), "floor": rounding.weighting.floor}
+        score = settings.pop("name")
+        listed = ", ".join(f"{key} {value}" for key, value in settings.items())
+        notes.append(f"calibration tokens weighted by {score} ({listed})")
     calibration, held_out = windows.calibration, windows.held_out
     n_samples, seq_len = calibration.tokens.shape
     with new_folder(output, overwrite) as folder, extra_files(opened) as extras:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from lwquant.capture.generate import sample_windows
 from lwquant.capture.text import SELF, read_source
-from lwquant.capture.tokens import calibration_set, from_tokens, token_hash
+from lwquant.capture.tokens import calibration_set, from_tokens, shifted_around, token_hash
 from lwquant.errors import BudgetError, CalibrationError, CheckpointError
 from lwquant.methods import describe
 from lwquant.model.checkpoint import WeightSource, open_checkpoint, resolve
@@ -143,6 +143,7 @@ def prepare_tokens(
         torch.randperm(n_windows, generator=torch.Generator().manual_seed(recipe.seed))
     ]
     chosen, held_out, tuning = shuffled.split([recipe.n_samples, recipe.held_out, recipe.tune])
+    chosen = shifted_around(chosen, recipe.expand)
     calibration = CalibrationSet(chosen, every.source, token_hash(chosen), recipe.seed)
     return Windows(calibration, held_out, tuning)
 

@@ -20,7 +20,7 @@ from lwquant.matmul import fast_float32
 from lwquant.measured_plans import MeasuredPlan, measure_plans, tested_windows, write_rows
 from lwquant.prepare import open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
-from lwquant.recipe import Recipe, rounding_of, transform_of
+from lwquant.recipe import Recipe, transform_of
 from lwquant.sensitivity.report import write_report
 from lwquant.stages import measure, merged
 from lwquant.types import BitPlan, QuantScheme, SensitivityReport
@@ -70,7 +70,7 @@ def ratio_curves(
     if wrong or not shares:
         raise BudgetError(f"shares={list(shares)} must be fractions between 0 and 1")
     chosen = chosen.changed(bits=(low, high), more_group_sizes=())
-    rounding = rounding_of(chosen.quantizer, chosen.correction)
+    rounding = chosen.rounding()
     chosen.refuse_replanning("is for one budget, not for curves")
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:

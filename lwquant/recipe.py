@@ -13,6 +13,7 @@ from typing import Any
 from lwquant.allocators import ALLOCATORS
 from lwquant.corrections import CORRECTIONS
 from lwquant.errors import LwquantError
+from lwquant.importance import IMPORTANCES, TokenWeighting
 from lwquant.quantizers import QUANTIZERS
 from lwquant.sensitivity import METRICS
 from lwquant.transforms import TRANSFORMS
@@ -39,6 +40,9 @@ class Recipe:
     allocator: Method = "exact"
     quantizer: Method = "gptq"
     correction: Method = "qep"
+    token_importance: Method = "none"  # how much each calibration token counts; see importance/
+    importance_floor: float = 0.1  # least weight in a window, as a share of the largest
+    expand: int = 1  # times each calibration window is used, shifted around further each time
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 16)
     group_size: int = 64
     more_group_sizes: tuple[int, ...] = ()  # each width is also in the menu with each of these
@@ -52,13 +56,17 @@ class Recipe:
     allow_worse: bool = False  # keep a mixed plan that is predicted to lose against uniform
 
     def __post_init__(self) -> None:
-        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "tune": 0}
+        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "expand": 1, "tune": 0}
         least_of.update({"remeasure": 0, "local_search": 0})
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise LwquantError(f"{name}={getattr(self, name)} must be at least {least}")
         if not 1 <= self.sensitivity_samples:
             raise LwquantError(f"sensitivity_samples={self.sensitivity_samples} must be positive")
+        if not 0 <= self.importance_floor <= 1:
+            raise LwquantError(f"importance_floor={self.importance_floor} must be in [0, 1]")
+        if self.expand > self.seq_len:
+            raise LwquantError(f"expand={self.expand} is above seq_len={self.seq_len}")
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise LwquantError(f"bits={self.bits} must be different widths, at least one")
         self.schemes()
@@ -78,6 +86,12 @@ class Recipe:
 
     def scheme(self, bits: int) -> QuantScheme:
         return QuantScheme(bits, self.group_size, self.symmetric, self.scale_bits)
+
+    def rounding(self) -> Rounding:
+        """Everything about how linears are rounded; LwquantError for unknown names."""
+        plain = rounding_of(self.quantizer, self.correction)
+        weighting = weighting_of(self.token_importance, self.importance_floor)
+        return replace(plain, weighting=weighting)
 
     def changed(self, **settings: Any) -> Recipe:
         """A copy with those settings that are not None."""
@@ -133,7 +147,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
     counts = ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size")
-    for name in (*counts, "scale_bits", "tune", "remeasure", "local_search"):
+    for name in (*counts, "scale_bits", "expand", "tune", "remeasure", "local_search"):
         if not isinstance(getattr(recipe, name), int):
             raise LwquantError(f"recipe {where}: {name} must be a whole number")
     return recipe
@@ -159,6 +173,7 @@ class Rounding:
     quantizer: Callable[..., Any]
     correction: Callable[..., Any] | None
     records: Records
+    weighting: TokenWeighting | None = None  # of the calibration tokens
 
 
 def rounding_of(quantizer: Method, correction: Method) -> Rounding:
@@ -184,6 +199,18 @@ def _records_of(correction: Callable[..., Any]) -> Records:
         base, settings = correction.func, correction.keywords
     as_it_is = base is CORRECTIONS["qep"] and settings.get("repair_residual", True)
     return "owed" if as_it_is else "all"
+
+
+def weighting_of(token_importance: Method, floor: float) -> TokenWeighting | None:
+    """How tokens are weighted, None where all count the same."""
+    named = {"name": token_importance} if isinstance(token_importance, str) else token_importance
+    if isinstance(named, Mapping) and named.get("name") == "none":
+        return None
+    choices = {**IMPORTANCES, "none": None}
+    try:
+        return TokenWeighting(_look_up("token_importance", choices, token_importance), floor)
+    except (TypeError, ValueError) as error:
+        raise LwquantError(str(error)) from error
 
 
 def _look_up(family: str, listed: Mapping[str, Any], method: Method) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ def remeasured_plan(
     Candidates are the plan of `report`, the plan of costs measured again around the plan in
     `recipe.remeasure` rounds, and the uniform plan. Returns the winner and the report it is from.
     """
-    rounding = rounding_of(recipe.quantizer, recipe.correction)
+    rounding = recipe.rounding()
     uniform = plan_report(report, bpw, recipe=recipe.changed(allocator="uniform"))
     again = remeasured(
         opened,

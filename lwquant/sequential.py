@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from lwquant.capture.record import catching_inputs
 from lwquant.capture.stats import StatsAccumulator
 from lwquant.corrections import Correction
-from lwquant.errors import RoundingError
+from lwquant.errors import LwquantError, RoundingError
+from lwquant.importance import BlockView, TokenWeighting
+from lwquant.model.attention import attention_probabilities
 from lwquant.model.decoder import Decoder
 from lwquant.model.replay import Ending, Replay, endings
 from lwquant.model.residual import Residual, residual_writers
@@ -35,11 +37,12 @@ class Streams:
     quantized: Tensor
     floating: Tensor
     n_calibration: int
+    tokens: Tensor  # (n_samples, seq_len) that they are of
 
     @classmethod
     def start(cls, decoder: Decoder, tokens: Tensor, n_calibration: int) -> Streams:
         hidden = torch.cat([decoder.embed(row[None]) for row in tokens])
-        return cls(hidden, hidden.clone(), n_calibration)
+        return cls(hidden, hidden.clone(), n_calibration, tokens)
 
 
 @dataclass
@@ -68,6 +71,7 @@ def quantize_blocks(
     correction: Correction | None = None,
     *,
     records: Records | None = None,
+    weighting: TokenWeighting | None = None,
     progress: Progress = silent,
 ) -> Iterator[QuantizedLinearResult]:
     """Quantize every linear in forward order; yields each as it is done.
@@ -76,6 +80,8 @@ def quantize_blocks(
     after the linears before them in the block were quantized. `streams` ends up after the last
     block. `records` asks for what the float model does differently: "owed" for what error
     propagation reads, "all" (the default where there is a correction) for every linear's drift too.
+    `weighting` says how much each calibration token counts in a block's statistics (default: all
+    the same).
     """
     records = records or ("inputs" if correction is None else "all")
     for index in range(decoder.n_blocks):
@@ -89,6 +95,7 @@ def quantize_blocks(
                 quantizer,
                 correction,
                 records,
+                weighting,
                 progress,
             )
     progress("quantize", "done", decoder.n_blocks, decoder.n_blocks)
@@ -103,6 +110,7 @@ def _quantize_block(
     quantizer: Quantizer,
     correction: Correction | None,
     records: Records,
+    weighting: TokenWeighting | None,
     progress: Progress,
 ) -> Iterator[QuantizedLinearResult]:
     groups: dict[int, list[LinearSpec]] = {}
@@ -116,12 +124,21 @@ def _quantize_block(
         original = advance_and_catch(decoder, index, block, streams, first, records)
     else:  # only the held-out samples are ever compared with the float model
         advance(decoder, index, block, streams.floating[streams.n_calibration :])
+    weights = None
+    if weighting is not None and rounded:
+        try:
+            weights = weighting(view_of(decoder, index, block, streams))
+        except LwquantError:
+            raise
+        except ValueError as error:
+            raise RoundingError(f"tokens of block {index}: {error}") from error
     replay, ends = Replay(), _endings(decoder, index, block, groups, streams)
     for group, members in groups.items():
         stats = None
         if group in rounded:
+            ending = ends.get(group)
             stats = record_stats(
-                decoder, index, block, members, streams, original, records, replay, ends.get(group)
+                decoder, index, block, members, streams, original, records, weights, replay, ending
             )
         for spec in members:
             module = _module(decoder, block, spec)
@@ -197,6 +214,7 @@ def record_stats(
     streams: Streams,
     original: FloatBlock | None,
     records: Records,
+    weights: Tensor | None,
     replay: Replay,
     ending: Ending | None,
 ) -> LayerStats:
@@ -206,6 +224,7 @@ def record_stats(
         original: the float model's block, where the drift from it is wanted; the members' inputs
             are taken out of it. The streams' floating part is past this block then.
         records: see quantize_blocks().
+        weights: how much each token counts, (n_calibration, seq_len).
         replay: what need not run any more; `ending` joins it with the inputs found here.
     """
     module = _module(decoder, block, members[0])
@@ -230,10 +249,24 @@ def record_stats(
             assert original is not None and drift is not None
             own = nn.functional.linear(drift, get_weight(module))
             owed = original.entry[rows] - entry + own.reshape(entry.shape)
-        accumulator.add(caught[0], None if owed is not None and records == "owed" else drift, owed)
+        wanted = None if owed is not None and records == "owed" else drift
+        accumulator.add(caught[0], wanted, owed, None if weights is None else weights[rows])
     if ending is not None:
         replay.add(ending, kept)
     return accumulator.result()
+
+
+def view_of(decoder: Decoder, index: int, block: nn.Module, streams: Streams) -> BlockView:
+    """The block and its calibration samples on the quantized stream, for a token importance."""
+    n = streams.n_calibration
+    entry = streams.quantized[:n]
+    parts = list(chunks(n, entry.shape[1]))
+    return BlockView(
+        streams.tokens[:n],
+        entry,
+        lambda: torch.cat([decoder.run(index, block, entry[rows]) for rows in parts]),
+        lambda: (attention_probabilities(decoder, index, block, entry[rows]) for rows in parts),
+    )
 
 
 def advance_and_catch(

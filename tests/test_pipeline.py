@@ -171,6 +171,27 @@ def test_every_architecture_goes_through_the_whole_pipeline(kind, tmp_path, cali
     assert error < 0.1
 
 
+def test_weighted_tokens_and_shifted_windows_are_used_and_noted(tiny_folder, calibration, tmp_path):
+    weighted = {"token_importance": {"name": "attention_concentration", "skip_first": True}}
+    runs = {"plain": {}, "weighted": weighted, "expanded": {"expand": 2}}
+    made = {
+        name: quantized(
+            tiny_folder, tmp_path / name, calibration, bpw=3.0, allocator="uniform", **settings
+        )
+        for name, settings in runs.items()
+    }
+    notes = {name: inspect_notes(one.folder) for name, one in made.items()}
+    expected = "calibration tokens weighted by attention_concentration (skip_first True, floor 0.1)"
+    assert expected in notes["weighted"] and expected not in notes["plain"]
+    assert "each calibration window used 2 times, shifted around" in notes["expanded"]
+    codes = {
+        name: load_file(one.folder / "model.safetensors")["model.layers.1.mlp.down_proj.qweight"]
+        for name, one in made.items()
+    }
+    assert not torch.equal(codes["weighted"], codes["plain"])
+    assert not torch.equal(codes["expanded"], codes["plain"])
+
+
 @pytest.mark.parametrize("correction", ["none", "qep", "gptaq"])
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
 def test_quantizers_and_corrections_compose(

@@ -11,24 +11,33 @@ LEAST_STRIP = 64
 
 
 class StatsAccumulator:
-    """Adds Σ x̂ x̂ᵀ and, where the others are given too, Σ (x − x̂) x̂ᵀ and Σ (y − ŷ) x̂ᵀ.
+    """Adds Σ w x̂ x̂ᵀ and, where the others are given too, Σ w (x − x̂) x̂ᵀ and Σ w (y − ŷ) x̂ᵀ.
 
-    With the others, the first half of the tokens of every call is also summed by itself.
+    The weights w of the tokens are 1 by default. With the others, the first half of the tokens of
+    every call is also summed by itself.
     """
 
     def __init__(self) -> None:
         self._first, self._second = _Sums(), _Sums()
 
-    def add(self, inputs: Tensor, drift: Tensor | None = None, owed: Tensor | None = None) -> None:
-        """x̂ and x − x̂ (..., in_features), y − ŷ (..., out_features), of the same tokens."""
+    def add(
+        self,
+        inputs: Tensor,
+        drift: Tensor | None = None,
+        owed: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        """x̂, x − x̂ (..., in_features), y − ŷ (..., out_features), w (...), of the same tokens."""
         flat = _flat(inputs)
+        weighted = flat if weights is None else flat * weights.reshape(-1, 1)
         if drift is None and owed is None:
-            self._second.add(flat, None, None)
+            self._second.add(weighted, flat, None, None)
             return
         others = [None if other is None else _flat(other) for other in (drift, owed)]
         middle = (flat.shape[0] + 1) // 2
         for sums, half in ((self._first, slice(middle)), (self._second, slice(middle, None))):
-            sums.add(flat[half], *(None if other is None else other[half] for other in others))
+            others_half = (None if other is None else other[half] for other in others)
+            sums.add(weighted[half], flat[half], *others_half)
 
     def result(self) -> LayerStats:
         first, second = self._first.result(), self._second.result()
@@ -51,15 +60,17 @@ class _Sums:
         self._sums: dict[str, Tensor] = {}
         self._n_tokens = 0
 
-    def add(self, inputs: Tensor, drift: Tensor | None, owed: Tensor | None) -> None:
+    def add(
+        self, weighted: Tensor, inputs: Tensor, drift: Tensor | None, owed: Tensor | None
+    ) -> None:
         self._n_tokens += inputs.shape[0]
         for rows, columns in _strips(inputs.shape[1]):
             self._sum("hessian", inputs, inputs)[rows, columns].addmm_(
-                inputs[:, rows].T, inputs[:, columns]
+                inputs[:, rows].T, weighted[:, columns]
             )
         for name, left in (("drift", drift), ("owed", owed)):
             if left is not None:
-                self._sum(name, left, inputs).addmm_(left.T, inputs)
+                self._sum(name, left, inputs).addmm_(left.T, weighted)
 
     def _sum(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         if name not in self._sums:

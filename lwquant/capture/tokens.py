@@ -35,6 +35,16 @@ def cut_windows(tokens: Tensor, n_windows: int, seq_len: int, seed: int, source:
     return tokens[: available * seq_len].view(available, seq_len)[chosen]
 
 
+def shifted_around(windows: Tensor, times: int) -> Tensor:
+    """Windows (n, seq_len), then each again shifted around by seq_len/times, 2·seq_len/times, …
+
+    So that each token also occurs early in a window; from RSQ, arXiv:2503.01820, which calls it
+    dataset expansion. Returns (times · n, seq_len), the windows as they are first.
+    """
+    seq_len = windows.shape[1]
+    return torch.cat([windows.roll(k * seq_len // times, dims=1) for k in range(times)])
+
+
 def token_hash(tokens: Tensor) -> str:
     """sha256 of the tokens as little-endian int64, with their shape."""
     digest = hashlib.sha256(str(tuple(tokens.shape)).encode())

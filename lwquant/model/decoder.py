@@ -45,7 +45,7 @@ class Decoder:
         self.device = device
         self.model = model
         self.blocks_path, self.blocks = find_blocks(model)
-        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._calls: dict[tuple[object, ...], list[Call]] = {}
         self._returns_tuple: bool | None = None
         self._load_outer_parameters()
         self.linears = self._list_linears()
@@ -117,6 +117,16 @@ class Decoder:
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         with self._blocks_replaced(lambda index: lambda *args, **kwargs: self._wrap(hidden)):
             return self.model(input_ids=tokens, use_cache=False).logits
+
+    @contextmanager
+    def eager_attention(self) -> Iterator[None]:
+        """Inside, attention is computed step by step, and its modules return the probabilities."""
+        usual = self.model.config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(usual)
 
     @torch.no_grad()
     def last_hidden(self, tokens: Tensor, progress: Progress = silent) -> Tensor:
@@ -206,7 +216,8 @@ class Decoder:
     def _calls_for(self, n_samples: int, seq_len: int) -> list[Call]:
         """Arguments of every block for this shape; they depend on positions, not on content."""
         shape = (n_samples, seq_len)
-        if shape not in self._calls:
+        key = (self.model.config._attn_implementation, *shape)  # masks differ between kernels
+        if key not in self._calls:
             tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
             if self._returns_tuple is None:
                 hidden, call = self._first_call(tokens[:1, :2])
@@ -228,8 +239,8 @@ class Decoder:
                 raise UnsupportedModelError(
                     f"the forward called blocks {sorted(calls)} of {self.n_blocks} in the list"
                 )
-            self._calls[shape] = [calls[index] for index in range(self.n_blocks)]
-        return self._calls[shape]
+            self._calls[key] = [calls[index] for index in range(self.n_blocks)]
+        return self._calls[key]
 
     def _wrap(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden

@@ -3,7 +3,8 @@
 Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
 Pre-trained Transformers", arXiv:2210.17323, Algorithm 1 with lazy updates. The asymmetric term is
 from Li et al., "GPTAQ: Efficient Finetuning-Free Quantization with Asymmetric Calibration",
-arXiv:2504.02692.
+arXiv:2504.02692, the first-order term from Zheng et al., "First-Order Error Matters: Accurate
+Compensation for Quantized Large Language Models" (FOEM), arXiv:2507.11017.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def gptq(
     act_order: bool = True,
     search: bool = True,
     asymmetry: float = 0.0,
+    first_order: float = 0.0,
 ) -> QuantizedWeight:
     """Quantize one linear so that its output error on the calibration inputs is small.
 
@@ -42,9 +44,15 @@ def gptq(
         act_order: columns of large activations first.
         search: fit each group's range by squared error weighted with diag(H).
         asymmetry: strength of GPTAQ's term, which aims at the output on the float model's inputs.
+        first_order: strength β in [0, 1] of FOEM's term, which holds each column back on its way
+            from the given weight: 0 is GPTQ, 1 plain rounding on the same grid. Its authors use 0.1
+            and 0.2. As in their code, a column is held back once, when its turn comes.
 
-    Raises ValueError when the Hessian stays indefinite up to MAX_DAMPING, or drift is missing.
+    Raises ValueError when the Hessian stays indefinite up to MAX_DAMPING, drift is missing, or
+    first_order is out of range.
     """
+    if not 0 <= first_order <= 1:
+        raise ValueError(f"first_order={first_order} must be between 0 and 1")
     hessian = stats.hessian.to(weight.device, torch.float32)
     diagonal = hessian.diagonal()
     grid = fit_grid(weight, scheme, diagonal if diagonal.any() else None, search=search)
@@ -54,9 +62,9 @@ def gptq(
     expand = order // scheme.group_size
     scales, zeros = (part.T[expand].contiguous() for part in (grid.scales, grid.zeros))
     feedback = upper / upper.diagonal()[:, None]
-    if asymmetry:
-        pull = _asymmetric_pull(stats, order, upper, asymmetry)
-        _round_pulled(columns, feedback, pull, scales, zeros, scheme.max_code)
+    if asymmetry or first_order:
+        pull = _asymmetric_pull(stats, order, upper, asymmetry) if asymmetry else None
+        _round_with_terms(columns, feedback, pull, first_order, scales, zeros, scheme.max_code)
     else:
         round_columns(columns, feedback, scales, zeros, scheme.max_code)
     codes = (columns / scales).add_(zeros).round_()[torch.argsort(order)].T.byte()
@@ -101,22 +109,39 @@ def inverse_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     raise ValueError(f"the Hessian is not positive definite even with damping {MAX_DAMPING}")
 
 
-def _round_pulled(
-    columns: Tensor, feedback: Tensor, pull: Tensor, scales: Tensor, zeros: Tensor, max_code: int
+def _round_with_terms(
+    columns: Tensor,
+    feedback: Tensor,
+    pull: Tensor | None,
+    first_order: float,
+    scales: Tensor,
+    zeros: Tensor,
+    max_code: int,
 ) -> None:
-    """round_columns() with GPTAQ's term: each target also pulls the later columns, as it is."""
+    """round_columns() with the terms of GPTAQ and FOEM.
+
+    GPTAQ: each target also pulls the later columns, as it is. FOEM: a target gives up the share β
+    of its distance from the weight, and so does its error, again: e = (q − t) + β (t − w).
+    """
+    weight = columns.clone() if first_order else columns
     for start in range(0, len(columns), BLOCK_COLUMNS):
         own = slice(start, min(start + BLOCK_COLUMNS, len(columns)))
         errors, targets = torch.empty_like(columns[own]), torch.empty_like(columns[own])
         for local, col in enumerate(range(own.start, own.stop)):
             targets[local] = columns[col]
+            if first_order:
+                targets[local].lerp_(weight[col], first_order)
             steps = (targets[local] / scales[col] + zeros[col]).round_().clamp_(0, max_code)
             columns[col] = steps.sub_(zeros[col]).mul_(scales[col])
             torch.sub(columns[col], targets[local], out=errors[local])
+            if first_order:
+                errors[local].add_(targets[local] - weight[col], alpha=first_order)
             later = slice(col + 1, own.stop)
-            columns[later].addr_(pull[col, later], targets[local])
+            if pull is not None:
+                columns[later].addr_(pull[col, later], targets[local])
             columns[later].addr_(feedback[col, later], errors[local])
-        columns[own.stop :].addmm_(pull[own, own.stop :].T, targets)
+        if pull is not None:
+            columns[own.stop :].addmm_(pull[own, own.stop :].T, targets)
         columns[own.stop :].addmm_(feedback[own, own.stop :].T, errors)
 
 

@@ -13,6 +13,16 @@ from lwquant.quantizers.grid import fit_grid
 from lwquant.types import LayerStats, QuantScheme
 
 every_quantizer = pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
+
+
+def sparse_error(weight, rounded, hessian):
+    """Σ |ΔW|^0.7, which HQQ fits; the data do not count."""
+    return (rounded - weight).double().abs().pow(0.7).sum().item()
+
+
+# What each quantizer must do no worse than plain rounding: the error on the data, unless it looks
+# at none and fits another one.
+OBJECTIVES = {name: proxy_loss for name in QUANTIZERS} | {"hqq": sparse_error}
 every_width = pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 
 
@@ -35,16 +45,26 @@ def test_codes_are_in_range_and_shaped_like_the_weight(quantize, bits):
     assert got.scales.shape == got.zeros.shape == (24, 3)  # 40 = 16 + 16 + 8
 
 
-@every_quantizer
+@pytest.mark.parametrize("name", QUANTIZERS)
 @every_width
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("scale_bits", [8, 16])
-def test_output_error_is_not_above_plain_rounding(quantize, bits, symmetric, scale_bits):
+def test_its_error_is_not_above_that_of_plain_rounding(name, bits, symmetric, scale_bits):
     weight, stats = make_layer()
     scheme = QuantScheme(bits, 16, symmetric, scale_bits)
-    got = proxy_loss(weight, quantize(weight, stats, scheme).dequantize(), stats.hessian)
-    plain = proxy_loss(weight, rtn(weight, stats, scheme).dequantize(), stats.hessian)
-    assert got <= plain * (1 + 1e-6)
+    got = QUANTIZERS[name](weight, stats, scheme).dequantize()
+    plain = rtn(weight, stats, scheme).dequantize()
+    error = OBJECTIVES[name]
+    allowed = error(weight, plain, stats.hessian) * (1 + 1e-6)
+    assert error(weight, got, stats.hessian) <= allowed
+
+
+@pytest.mark.parametrize("name", [n for n, error in OBJECTIVES.items() if error is not proxy_loss])
+def test_only_a_quantizer_that_looks_at_no_data_has_an_error_of_its_own(name):
+    weight, stats = make_layer()
+    scheme = QuantScheme(3, 16)
+    seeing, blind = (QUANTIZERS[name](weight, given, scheme) for given in (stats, None))
+    assert torch.equal(seeing.dequantize(), blind.dequantize())
 
 
 @every_quantizer
@@ -192,6 +212,68 @@ def test_gptaq_without_drift_is_gptq_and_with_drift_comes_closer_to_the_float_ou
     assert output_error(moved) < 0.97 * output_error(plain)
     with pytest.raises(ValueError, match="drift"):
         gptq(weight, LayerStats(hessian, None, 400), scheme, asymmetry=0.25)
+
+
+def first_order_oracle(weight, hessian, scales, zeros, max_code, strength):
+    """FOEM from its Taylor expansion: given that column c moves by q − w, the others minimize
+    β (w − w₀) H δᵀ + ½ δ H δᵀ; of their drift −β (w − w₀) each takes its own when its turn comes.
+    """
+    original = weight.double()
+    latent = original.clone()
+    codes = torch.empty_like(latent)
+    for column in range(weight.shape[1]):
+        target = latent[:, column] - strength * (latent[:, column] - original[:, column])
+        steps = target / scales[:, column].double() + zeros[:, column].double()
+        codes[:, column] = steps.round().clamp(0, max_code)
+        got = (codes[:, column] - zeros[:, column]) * scales[:, column]
+        inverse = torch.linalg.inv(hessian.double()[column:, column:])
+        moved = got - target + strength * (target - original[:, column])
+        latent[:, column + 1 :] += moved[:, None] * inverse[0, 1:] / inverse[0, 0]
+    return codes
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("strength", [0.1, 0.5])
+@pytest.mark.parametrize("in_features", [20, 150])  # one lazy block, and two
+def test_the_first_order_term_matches_its_definition(bits, strength, in_features):
+    weight, stats = make_layer(6, in_features)
+    scheme = QuantScheme(bits, 8)
+    got = gptq(weight, stats, scheme, act_order=False, first_order=strength)
+    ridge = 0.01 * stats.hessian.diagonal().mean() * torch.eye(in_features)
+    expand = torch.arange(in_features) // 8
+    scales, zeros = got.scales.float()[:, expand], got.zeros.float()[:, expand]
+    damped = stats.hessian + ridge
+    wanted = first_order_oracle(weight, damped, scales, zeros, scheme.max_code, strength)
+    assert (got.codes.double() != wanted).float().mean() <= 0.02
+    assert not torch.equal(got.codes, gptq(weight, stats, scheme, act_order=False).codes)
+
+
+def test_the_first_order_term_leads_from_gptq_to_plain_rounding():
+    weight, stats = make_layer()
+    scheme = QuantScheme(3, 16)
+    # Nearly nothing: the other loop, the same codes.
+    least = gptq(weight, stats, scheme, first_order=1e-9)
+    assert torch.equal(least.codes, gptq(weight, stats, scheme).codes)
+    full = gptq(weight, stats, scheme, first_order=1.0)
+    grid = fit_grid(weight, scheme, stats.hessian.diagonal())
+    assert torch.equal(full.codes, grid.round(weight).byte())
+    half = gptq(weight, stats, scheme, first_order=0.5).dequantize()
+    moves = [(w.dequantize() - weight).norm() for w in (full, least)]
+    assert moves[0] < (half - weight).norm() < moves[1]
+    with pytest.raises(ValueError, match=r"first_order=1\.5"):
+        gptq(weight, stats, scheme, first_order=1.5)
+
+
+def test_both_extra_terms_of_gptq_work_together():
+    weight, stats = make_layer()
+    scheme = QuantScheme(3, 16)
+    drifted = LayerStats(stats.hessian, 0.1 * stats.hessian, stats.n_tokens)
+    pulled = gptq(weight, drifted, scheme, asymmetry=0.5)
+    same = gptq(weight, drifted, scheme, asymmetry=0.5, first_order=1e-9)
+    assert torch.equal(pulled.codes, same.codes)
+    both = gptq(weight, drifted, scheme, asymmetry=0.5, first_order=0.3)
+    alone = gptq(weight, drifted, scheme, first_order=0.3)
+    assert not torch.equal(both.codes, alone.codes) and not torch.equal(both.codes, pulled.codes)
 
 
 @every_width

@@ -6,6 +6,7 @@ import pytest
 
 from lwquant.corrections import error_propagation
 from lwquant.errors import LwquantError
+from lwquant.importance import positions
 from lwquant.quantizers import gptq, rtn
 from lwquant.recipe import Recipe, load_recipe, metric_of, rounding_of
 from lwquant.stages import EFFORTS, merged
@@ -46,6 +47,11 @@ def test_more_group_sizes_make_a_finer_menu_whose_steps_only_grow(tmp_path):
         ("more_group_sizes = [0]", "group_size=0"),
         ("n_samples = 0", "n_samples=0"),
         ("seq_len = 2.5", "seq_len"),
+        ("expand = 0", "expand=0"),
+        ("expand = 600", "expand=600 is above seq_len=512"),
+        ("expand = 1.5", "expand"),
+        ("importance_floor = 2", "importance_floor=2"),
+        ('importance_floor = "low"', "recipe"),
         ("= 3", "recipe"),
         ('group_size = "64"', "group_size|'<'"),
     ],
@@ -62,6 +68,20 @@ def test_unknown_names_are_refused_with_the_known_ones():
         load_recipe("fastest")
     with pytest.raises(LwquantError, match="unknown metric 'magic'; there are .*fisher"):
         metric_of("magic")
+
+
+def test_a_recipe_says_how_tokens_are_weighted():
+    assert Recipe().rounding().weighting is None
+    assert Recipe(token_importance={"name": "none"}).rounding().weighting is None
+    named = {"name": "positions", "last": 0.25}
+    recipe = Recipe(token_importance=named, importance_floor=0.02, correction="none")
+    rounding = recipe.rounding()
+    assert rounding.correction is None and rounding.quantizer is gptq
+    assert rounding.weighting.floor == 0.02
+    assert rounding.weighting.score.func is positions
+    assert rounding.weighting.score.keywords == {"last": 0.25}
+    with pytest.raises(LwquantError, match="unknown token_importance 'magic'; there are .*none"):
+        Recipe(token_importance="magic").rounding()
 
 
 def test_corrections_fit_the_quantizer():

@@ -9,6 +9,8 @@ from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
 from lwquant.corrections import error_propagation
+from lwquant.errors import RoundingError
+from lwquant.importance import TokenWeighting, attention_concentration, positions
 from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
@@ -217,3 +219,47 @@ def test_a_linear_of_16_bits_keeps_its_weight_and_needs_no_statistics(decoder, m
     assert torch.equal(streams.quantized[N:], streams.floating[N:])  # held-out: same weights
     for result in results:
         assert torch.equal(result.weight, model.get_submodule(result.spec.name).weight)
+
+
+@pytest.mark.parametrize("correction", [None, error_propagation])
+def test_token_weights_enter_all_sums_of_a_block_alike(decoder, model, tokens, correction):
+    schemes = {spec.name: SCHEME for spec in decoder.linears}
+    weighting = TokenWeighting(attention_concentration, 0.05)
+    results, seen, _ = walk(decoder, tokens, schemes, correction=correction, weighting=weighting)
+    changed = deepcopy(model)
+    changed.set_attn_implementation("eager")
+    block, weights = -1, torch.empty(0)
+    for result, stats in zip(results, seen, strict=True):
+        if result.spec.block != block:  # before any linear of the block is changed
+            block = result.spec.block
+            with torch.no_grad():
+                attention = changed(tokens[:N], output_attentions=True).attentions[block].double()
+            got = attention.sum((1, 2))  # (N, 40)
+            low, high = got.amin(1, keepdim=True), got.amax(1, keepdim=True)
+            shares = 0.05 + 0.95 * (got - low) / (high - low)
+            weights = (shares / shares.mean(1, keepdim=True)).flatten()[:, None]
+        inputs, floats = (run(m, tokens[:N], result.spec.name) for m in (changed, model))
+        scale = (inputs.square() * weights).sum().item()
+        hessian, drift = inputs.T @ (weights * inputs), (floats - inputs).T @ (weights * inputs)
+        assert (stats.hessian - hessian).abs().max() < 1e-5 * scale
+        assert (inputs.T @ inputs - hessian).abs().max() > 1e-3 * scale  # weights matter
+        if correction is not None:
+            assert (stats.drift - drift).abs().max() < 1e-5 * scale
+            half = torch.cat([torch.arange(40), torch.arange(80, 100)])
+            first = inputs[half].T @ (weights[half] * inputs[half])
+            assert (stats.half.hessian - first).abs().max() < 1e-5 * scale
+        stream = residual_stream(result.spec.name)
+        if correction is not None and stream is not None:
+            weight = model.get_submodule(result.spec.name).weight.detach().double()
+            owed = run(model, tokens[:N], stream) - run(changed, tokens[:N], stream)
+            owed = owed + (floats - inputs) @ weight.T
+            missed = (stats.owed - owed.T @ (weights * inputs)).norm()
+            assert missed < 1e-3 * (owed.norm() * (weights * inputs).norm() + 1e-6)
+        put(changed, result)
+
+
+def test_a_setting_that_no_importance_takes_is_named_with_the_block(decoder, tokens):
+    schemes = {spec.name: SCHEME for spec in decoder.linears}
+    weighting = TokenWeighting(partial(positions, first=2.0))
+    with pytest.raises(RoundingError, match=r"tokens of block 0: first=2\.0"):
+        walk(decoder, tokens, schemes, weighting=weighting)

@@ -5,7 +5,13 @@ import torch
 
 from lwquant.capture.generate import sample_windows
 from lwquant.capture.text import read_source
-from lwquant.capture.tokens import calibration_set, cut_windows, token_hash, tokenize
+from lwquant.capture.tokens import (
+    calibration_set,
+    cut_windows,
+    shifted_around,
+    token_hash,
+    tokenize,
+)
 from lwquant.errors import CalibrationError
 
 
@@ -17,6 +23,20 @@ def test_windows_are_whole_disjoint_pieces_of_the_text_fixed_by_the_seed():
     assert len({int(row[0]) for row in windows}) == 5
     assert torch.equal(windows, cut_windows(tokens, 5, 64, seed=3, source="text"))
     assert not torch.equal(windows, cut_windows(tokens, 5, 64, seed=4, source="text"))
+
+
+def test_windows_shifted_around_put_each_token_at_every_eighth_of_a_window():
+    windows = torch.arange(48).view(2, 24)
+    wide = shifted_around(windows, 8)
+    assert wide.shape == (16, 24) and torch.equal(wide[:2], windows)
+    for k in range(8):
+        for sample in range(2):
+            row = wide[2 * k + sample].tolist()
+            start = row.index(24 * sample)  # of the window, after k times 24/8 places
+            assert start == 3 * k
+            assert row[start:] + row[:start] == windows[sample].tolist()
+    assert torch.equal(shifted_around(windows, 1), windows)
+    assert shifted_around(torch.arange(11).view(1, 11), 4)[:, 0].tolist() == [0, 9, 6, 3]
 
 
 def test_a_text_shorter_than_its_windows_is_refused_with_both_lengths():

@@ -1,0 +1,120 @@
+"""HQQ: grids fitted to the weights alone, so that few weights err much rather than all a little.
+
+Badri, Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023),
+https://mobiusml.github.io/hqq_blog. Their zeros are floats and their scales stay as min and max
+gave them; our zeros are whole code values, so that the scale moves too, and each step chooses among
+neighbouring zeros. They measure errors in units of the weights and raise the penalty as they go; we
+measure in steps of the grid, so that one penalty means the same for every group, and keep it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lwquant.quantizers.grid import SHRINKS, Grid, fit_grid, in_window, storable_scale
+from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
+
+Parts = tuple[Tensor, Tensor]  # scales and zeros, (out_features, n_groups, 1) each
+
+PENALTY = 10.0  # of what the split leaves over, a step squared
+
+
+def hqq(
+    weight: Tensor,
+    stats: LayerStats | None,
+    scheme: QuantScheme,
+    *,
+    exponent: float = 0.7,
+    rounds: int = 20,
+) -> QuantizedWeight:
+    """Quantize one linear so that Σ |Ŵ − W|^exponent is small in every group.
+
+    With an exponent below 1 a large error costs little more than a middling one, so that outliers
+    do not stretch the grid of the others. The sum is split in halves: E takes what the grid cannot
+    follow, by shrinkage, and the grid is fitted to W − E by least squares; both in turn, from the
+    best of the clipped ranges. Each group keeps the best grid it has seen, plain rounding's among
+    them.
+
+    Args:
+        weight: (out_features, in_features).
+        stats: not looked at.
+        exponent: in (0, 1].
+        rounds: of rounding, shrinking and fitting.
+
+    Raises ValueError for another exponent, and when a scale leaves float16's range.
+    """
+    if not 0 < exponent <= 1:
+        raise ValueError(f"exponent={exponent} must be above 0 and at most 1")
+    grouped, inside = _grouped(weight.float(), scheme)
+    found = _parts(fit_grid(weight, scheme, search=False))
+    best = _errors(grouped, *found, scheme, exponent)
+    for shrink in SHRINKS[1:]:
+        tried = _parts(fit_grid(weight * shrink, scheme, search=False))
+        best, found = _better(best, found, _errors(grouped, *tried, scheme, exponent), tried)
+    scale, zero = found
+    step = scale
+    for _ in range(rounds):
+        codes = _codes(grouped, scale, zero, scheme)
+        apart = _shrunk((grouped - (codes - zero) * scale) / step, PENALTY, exponent) * step
+        scale, zero = _refit(grouped - apart, codes, inside, scale, zero, scheme)
+        errors = _errors(grouped, scale, zero, scheme, exponent)
+        best, found = _better(best, found, errors, (scale, zero))
+    grid = Grid(scheme, in_window(found[0][:, :, 0], scheme), found[1][:, :, 0])
+    codes = grid.round(weight.float())
+    return QuantizedWeight(scheme, codes.byte(), grid.scales.half(), grid.zeros.byte())
+
+
+def _parts(grid: Grid) -> Parts:
+    return grid.scales[:, :, None], grid.zeros[:, :, None]
+
+
+def _grouped(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """The weight (out_features, n_groups, size), and which places of (n_groups, size) are real."""
+    out_features, in_features = weight.shape
+    n_groups, size = scheme.n_groups(in_features), min(scheme.group_size, in_features)
+    padding = (0, n_groups * size - in_features)
+    inside = torch.nn.functional.pad(weight.new_ones(in_features), padding).view(n_groups, size)
+    padded = torch.nn.functional.pad(weight, padding)
+    return padded.view(out_features, n_groups, size), inside
+
+
+def _codes(grouped: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
+    return (grouped / scale + zero).round_().clamp_(0, scheme.max_code)
+
+
+def _errors(
+    grouped: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme, exponent: float
+) -> Tensor:
+    """Σ |Ŵ − W|^exponent of each group, (out_features, n_groups, 1); padding is on every grid."""
+    rounded = (_codes(grouped, scale, zero, scheme) - zero) * scale
+    return (rounded - grouped).abs_().pow_(exponent).sum(2, keepdim=True)
+
+
+def _shrunk(errors: Tensor, penalty: float, exponent: float) -> Tensor:
+    """About the minimum over e of |e|^exponent / exponent + penalty/2 (e − error)², elementwise."""
+    size = errors.abs()
+    return errors.sign() * (size - size.pow(exponent - 1) / penalty).clamp_(min=0)
+
+
+def _refit(
+    wanted: Tensor, codes: Tensor, inside: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme
+) -> Parts:
+    """Scale and zero of least squares for codes that stay, among the zero and its neighbours."""
+    best, found = torch.full_like(scale, torch.inf), (scale, zero)
+    for shift in (0,) if scheme.symmetric else (0, -1, 1):
+        tried = (zero + shift).clamp(0, scheme.max_code)
+        steps = (codes - tried) * inside
+        fit = (steps * wanted).sum(2, keepdim=True)
+        fit /= steps.square().sum(2, keepdim=True).clamp(min=1e-30)
+        fitted = storable_scale(torch.where(fit > 0, fit, scale), scheme)
+        missed = (steps * fitted - wanted).square_().sum(2, keepdim=True)
+        best, found = _better(best, found, missed, (fitted, tried))
+    return found
+
+
+def _better(best: Tensor, found: Parts, errors: Tensor, tried: Parts) -> tuple[Tensor, Parts]:
+    """The lesser error of each group, and the scale and zero that have it."""
+    less = errors < best
+    scale, zero = (torch.where(less, new, old) for new, old in zip(tried, found, strict=True))
+    return torch.where(less, errors, best), (scale, zero)
