@@ -83,7 +83,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
     from lwquant.held_out import compare_streams
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
-    from lwquant.recipe import load_recipe, rounding_of
+    from lwquant.recipe import load_recipe
     from lwquant.sequential import Streams, quantize_blocks
     from lwquant.stages import measure, plan_report
 
@@ -93,7 +93,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
     )
     if recipe.allocator == "uniform":
         recipe = recipe.changed(metric="outlier_count")  # needs no costs: the cheapest fills in
-    rounding = rounding_of(recipe.quantizer, recipe.correction)
+    rounding = recipe.rounding()
     rows = []
     with fast_float32():
         opened = open_model(folder)
@@ -121,6 +121,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
                 rounding.quantizer,
                 rounding.correction,
                 records=rounding.records,
+                weighting=rounding.weighting,
             ):
                 pass
             seconds = measuring + time.monotonic() - start
