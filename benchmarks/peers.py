@@ -8,8 +8,8 @@
 Every peer runs in an environment of its own under demo/peers, made on its first row, by its script
 in peer_runs/. A script hands back the dequantized weights of the decoder linears, which are
 measured here, all with the same code, and what its format stores for them. Embeddings and head stay
-as they are. `check_kl` is the KL between the peer's own model and the weights handed back, on one window;
-it shows that what is measured is what the peer computes.
+as they are. `check_kl` is the KL between the peer's own model and the weights handed back, on one
+window; it shows that what is measured is what the peer computes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ WORK = HERE.parent / "demo"
 PEERS_WORK = WORK / "peers"  # git-ignored: environments, tokens and outputs
 SHARED = HERE.parent.parent / "shared"
 WINDOWS, SEQ_LEN, GROUP = 12, 512, 64
+HELD_OUT = 2  # windows drawn beside the calibration, as in quality.py
 TORCH = "torch==2.13.0"
 
 
@@ -83,9 +84,17 @@ ROWS: dict[str, dict[str, Any]] = {
     "gptqmodel/3b-sym": {"bits": 3, "symmetric": True},
     "gptqmodel/4b-asym": {"bits": 4, "symmetric": False},
     "gptqmodel/2b-asym": {"bits": 2, "symmetric": False},
-    **{f"llamacpp/{kind}": {"kind": kind, "imatrix": False} for kind in ("Q2_K", "Q3_K_S")},
     **{f"hqq/{bits}b": {"bits": bits} for bits in (2, 3, 4)},
     **{f"mlxlm/{bits}b": {"bits": bits} for bits in (3, 4)},
+    "mlxlm/dynamic-3.3": {"bits": 2, "high_bits": 4, "target_bpw": 3.3},
+    "mlxlm/dynamic-3.8": {"bits": 3, "high_bits": 4, "target_bpw": 3.8},
+}
+ROWS |= {f"modelopt/auto-{bits}": {"target_bits": bits} for bits in (3.0, 3.5, 4.0)}
+# Q2_K is Q3_K_S on SmolLM2: all but down_proj have rows of 576, which no K-quant takes.
+ROWS |= {
+    f"llamacpp/{kind}{'-imatrix' * imatrix}": {"kind": kind, "imatrix": imatrix}
+    for kind in ("Q3_K_S", "Q3_K_M", "Q4_K_M")
+    for imatrix in (False, True)
 }
 ROWS |= {f"lwquant/preset-{bpw}": {"bpw": bpw} for bpw in (2.8, 3.3, 3.8, 4.3)}
 ROWS |= {f"lwquant/gptq-{bits}b": {"uniform_bits": bits} for bits in (2, 3, 4)}
@@ -165,7 +174,11 @@ class Judge:
 
         opened = open_model(model.folder)
         self.linears = {s.name: (s.out_features, s.in_features) for s in opened.decoder.linears}
-        recipe = Recipe(sources=tuple(map(str, model.calibration)), held_out=2, group_size=GROUP)
+        # Spelled out: the peers' tokens stay the same whatever becomes of the defaults.
+        sources = tuple(map(str, model.calibration))
+        recipe = Recipe(
+            sources=sources, n_samples=64, seq_len=SEQ_LEN, seed=0, held_out=HELD_OUT, tune=0
+        )
         calibration = prepare_tokens(opened, recipe).calibration.tokens
         self.hash = token_hash(calibration)
         self.windows = {
@@ -271,9 +284,11 @@ def run(name: str, model: Model, model_name: str, judge: Judge, arguments) -> Ro
     python = environment_of(name.split("/")[0])
     output = PEERS_WORK / "out" / model_name / name.replace("/", "-")
     shutil.rmtree(output, ignore_errors=True)
-    settings = {"group_size": GROUP, **ROWS[name]}
+    settings = ROWS[name] if "bpw" in ROWS[name] else {"group_size": GROUP, **ROWS[name]}
+    shown = f"{peer.script} {json.dumps(settings)}"
     if name.startswith("lwquant/"):
-        settings["sources"] = [str(path) for path in model.calibration]
+        sources = [str(path) for path in model.calibration]
+        settings = {**settings, "sources": sources, "held_out": HELD_OUT}
     command = [str(python), str(HERE / "peer_runs" / peer.script), "--model", str(model.folder)]
     command += ["--tokens", str(judge.tokens), "--output", str(output)]
     command += ["--settings", json.dumps(settings)]
@@ -316,7 +331,7 @@ def run(name: str, model: Model, model_name: str, judge: Judge, arguments) -> Ro
         arguments.quiet,
         check,
         record.get("calibration", judge.hash)[:12],
-        f"{peer.script} {json.dumps(settings | {'sources': None})}",
+        shown,
         commit(),
         machine(),
         record["note"],

@@ -1,7 +1,7 @@
 """lwquant itself, through its public API: the default preset at a budget, or uniform GPTQ.
 
-Settings: sources (paths of the calibration texts), group_size, and bpw or uniform_bits. The weights
-are those of the saved folder, unpacked.
+Settings: sources (paths of the calibration texts), held_out, and bpw, or uniform_bits and
+group_size. The weights are those of the saved folder, unpacked.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from lwquant.types import QuantScheme
 def main() -> None:
     job = read_job()
     wanted = job.settings
-    group_size = wanted["group_size"]
-    settings = {"sources": tuple(wanted["sources"]), "group_size": group_size, "held_out": 2}
+    settings = {"sources": tuple(wanted["sources"]), "held_out": wanted["held_out"]}
     bpw = wanted.get("bpw")
     if bpw is None:
         linears = [
@@ -29,11 +28,12 @@ def main() -> None:
             for name, module in AutoModelForCausalLM.from_pretrained(job.model).named_modules()
             if LINEAR.fullmatch(f"{name}.weight")
         ]
-        scheme = QuantScheme(wanted["uniform_bits"], group_size)
+        scheme = QuantScheme(wanted["uniform_bits"], wanted["group_size"])
         stored = sum(scheme.stored_bits(*linear.weight.shape) for linear in linears)
         bpw = stored / sum(linear.weight.numel() for linear in linears)
         # A uniform plan needs no costs; the cheapest metric fills the report.
         settings |= {"allocator": "uniform", "correction": "none", "metric": "outlier_count"}
+        settings |= {"group_size": wanted["group_size"], "tune": 0}
     folder = job.output / "saved"
     start = job.seconds()
     lwquant.quantize(job.model, bpw=bpw, output=folder, **settings)
