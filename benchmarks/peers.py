@@ -145,14 +145,14 @@ def model_of(name: str) -> Model:
     if name == "smollm2":
         tests = {"wikitext": data / "wikitext-2-raw-test.txt", "code": data / "code.utf8"}
         return Model(as_folder(WORK), (data / "c4.utf8", data / "wiki.utf8"), tests)
-    # stories260k knows only such stories: the first half calibrates, the second tests.
+    # stories260k knows only such stories, each after a start token: half calibrates, half tests.
     folder = PEERS_WORK / name
     folder.mkdir(parents=True, exist_ok=True)
     text = (data / "tiny.utf8").read_text(encoding="utf-8")
-    middle = text.index("<|endoftext|>", len(text) // 2)
-    halves = {"calibration": text[:middle], "test": text[middle:]}
-    for half, content in halves.items():
-        (folder / f"{half}.txt").write_text(content, encoding="utf-8")
+    stories = [story.strip() for story in text.split("<|endoftext|>")]
+    middle = len(stories) // 2
+    for half, chosen in (("calibration", stories[:middle]), ("test", stories[middle:])):
+        (folder / f"{half}.txt").write_text("<s>".join(["", *chosen]), encoding="utf-8")
     return Model(
         SHARED / "models" / name, (folder / "calibration.txt",), {"tiny": folder / "test.txt"}
     )
