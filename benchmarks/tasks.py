@@ -165,6 +165,9 @@ def append(rows: list[Row]) -> None:
 
 def print_table(models: dict[str, dict[str, Row]]) -> None:
     """Markdown: accuracies in percent with their standard errors."""
+    if not models:
+        print("nothing is stored for this limit")
+        return
     from lwquant.tables import percent
 
     print(f"| model | bpw | KL | {' | '.join(SHOWN)} |")
