@@ -189,6 +189,19 @@ def test_input_errors_are_one_line_on_stderr_and_status_1(
     for arguments, message in (
         (["quantize", tiny_folder, "--bpw", 1, "--output", tmp_path / "o"], "below the floor"),
         (["quantize", tmp_path / "gone", "--bpw", 3, "--output", tmp_path / "o"], "gone"),
+        (
+            [
+                "quantize",
+                tiny_folder,
+                "--bpw",
+                3,
+                "--transform",
+                "twist",
+                "--output",
+                tmp_path / "o",
+            ],
+            "unknown transform 'twist'",
+        ),
         (["inspect", tiny_folder], "manifest"),
         (["evaluate", tiny_folder, "--text", tmp_path / "gone.txt"], "gone.txt"),
         (["tasks", tiny_folder, "--lambada", tmp_path / "gone.jsonl"], "gone.jsonl"),

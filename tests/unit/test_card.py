@@ -329,3 +329,12 @@ def test_a_card_shows_no_path_of_this_machine():
 def test_a_record_without_linears_makes_no_card():
     with pytest.raises(OutputError, match="names no linear"):
         model_card(replace(RECORD, linears={}), None, FILES)
+
+
+def test_a_card_says_whether_the_model_was_transformed_first():
+    plain = model_card(RECORD, None, FILES)
+    assert "Embeddings, norms and head are unchanged." in plain
+    assert row(plain, "transform") == ["transform", "none"]
+    turned = model_card(replace(RECORD, transform={"name": "rotate", "seed": 2}), None, FILES)
+    assert "Embeddings, norms and head are unchanged." not in turned
+    assert row(turned, "transform") == ["transform", "`rotate`, seed = 2"]
