@@ -60,7 +60,7 @@ PEERS = {
     "llmcompressor": Peer("run_llmcompressor.py", ("llmcompressor==0.14.0.1",)),
     "hqq": Peer("run_hqq.py", ("hqq==0.2.8.post1",)),
     "mlxlm": Peer("run_mlxlm.py", ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4")),
-    "modelopt": Peer("run_modelopt.py", ("nvidia-modelopt==0.47.0", "transformers")),
+    "modelopt": Peer("run_modelopt.py", ("nvidia-modelopt==0.47.0", "transformers", "requests")),
 }
 
 # Row -> settings of its peer's script; the peer is the name's first part.
@@ -89,7 +89,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "mlxlm/dynamic-3.3": {"bits": 2, "high_bits": 4, "target_bpw": 3.3},
     "mlxlm/dynamic-3.8": {"bits": 3, "high_bits": 4, "target_bpw": 3.8},
 }
-ROWS |= {f"modelopt/auto-{bits}": {"target_bits": bits} for bits in (3.0, 3.5, 4.0)}
+ROWS |= {f"modelopt/auto-{bpw}": {"target_bpw": bpw} for bpw in (3.3, 3.8, 4.3)}
 # Q2_K is Q3_K_S on SmolLM2: all but down_proj have rows of 576, which no K-quant takes.
 ROWS |= {
     f"llamacpp/{kind}{'-imatrix' * imatrix}": {"kind": kind, "imatrix": imatrix}

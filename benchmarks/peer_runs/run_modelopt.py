@@ -1,8 +1,9 @@
 """ModelOpt: auto_quantize over integer weight-only formats, symmetric, groups of the given size.
 
-Settings: target_bits (its `effective_bits`: of the codes, scales are not counted), group_size.
-ModelOpt quantizes in simulation; its folded weights are what it computes with. A linear stores its
-codes and a 16-bit scale a group. Width 16 is always a choice of its search.
+Settings: target_bpw of the decoder linears, group_size. ModelOpt's `effective_bits` here count the
+scales, and the head, which it keeps at 16 bits: the target is raised by what that takes. ModelOpt
+quantizes in simulation; its folded weights are what it computes with. A linear stores its codes and
+a 16-bit scale a group. Width 16 is always a choice of its search, and it ties q/k/v and gate/up.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ def main() -> None:
     job = read_job()
     group_size = job.settings["group_size"]
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    inner = sum(
+        m.weight.numel() for n, m in model.named_modules() if LINEAR.fullmatch(f"{n}.weight")
+    )
+    head = model.get_output_embeddings().weight.numel()
+    effective = (job.settings["target_bpw"] * inner + FLOAT_BITS * head) / (inner + head)
     batches = [{"input_ids": part, "labels": part} for part in job.calibration.split(4)]
     model, _ = mtq.auto_quantize(
         model,
-        constraints={"effective_bits": job.settings["target_bits"]},
-        quantization_formats=[(weight_only(bits, group_size), f"W{bits}") for bits in WIDTHS],
+        constraints={"effective_bits": effective},
+        quantization_formats=[weight_only(bits, group_size) for bits in WIDTHS],
         data_loader=batches,
         forward_step=lambda model, batch: model(**batch),
         loss_func=lambda output, batch: output.loss,
@@ -69,6 +75,7 @@ def weight_only(bits: int, group_size: int) -> dict:
             {"quantizer_name": "*lm_head*", "enable": False},
         ],
         "algorithm": "max",
+        "effective_bits": bits + SCALE_BITS / group_size,
     }
 
 
