@@ -87,7 +87,6 @@ def jobs() -> list[str]:
 
 def run(name: str) -> Row:
     """Measure one row in this process."""
-    import torch
 
     from lwquant.capture.tokens import tokenize
     from lwquant.evaluation.windows import evenly_spread_windows
@@ -99,7 +98,6 @@ def run(name: str) -> Row:
     sys.path.insert(0, str(HERE))
     from smollm2 import fetch
 
-    torch.set_num_threads(2)
     section, *rest = name.split("/")
     recipe = load_recipe("default").changed(
         sources=(str(DATA / "c4.utf8"), str(DATA / "wiki.utf8")), group_size=GROUP, held_out=2
