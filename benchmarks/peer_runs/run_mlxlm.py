@@ -5,8 +5,8 @@ Settings: bits, group_size; for dynamic_quant also high_bits and target_bpw of t
 
 from __future__ import annotations
 
+import json
 import math
-from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -21,7 +21,11 @@ from shared import LINEAR, Job, hand_back, read_job
 def main() -> None:
     job = read_job()
     bits, group_size = job.settings["bits"], job.settings["group_size"]
-    model, _, config = load(str(job.model), return_config=True)
+    # mlx-lm looks for the rotary base where transformers kept it before version 5, and without it
+    # takes 10000 in silence.
+    stored = json.loads((job.model / "config.json").read_text())
+    base = {"rope_theta": stored["rope_parameters"]["rope_theta"]}
+    model, _, config = load(str(job.model), model_config=base, return_config=True)
     linears = {
         name: module
         for name, module in tree_flatten(
@@ -97,5 +101,4 @@ def raised_linears(job: Job, model, linears) -> set[str]:
 
 
 if __name__ == "__main__":
-    assert Path(__file__).parent.name == "peer_runs"
     main()

@@ -65,7 +65,8 @@ def test_every_stored_bit_counts_and_floats_count_sixteen():
 
 
 def test_the_linears_of_the_decoder_are_told_from_the_rest():
-    match = LINEAR.fullmatch("model.layers.3.mlp.up_proj.qweight")
-    assert match and match.groups() == ("model.layers.3.mlp.up_proj", "qweight")
+    for name in ("model.layers.3.mlp.up_proj", "model.layers.12.self_attn.q_proj"):
+        match = LINEAR.fullmatch(f"{name}.qweight")
+        assert match and match.groups() == (name, "qweight")
     for other in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.3.input_layernorm"):
         assert not LINEAR.fullmatch(other)
