@@ -48,7 +48,7 @@ def sweep(
     """
     progress = progress or StderrProgress()
     chosen, texts = merged(recipe, calibration, settings)
-    rounding = rounding_of(chosen.quantizer, chosen.correction)
+    rounding = rounding_of(chosen.quantizer, chosen.correction, chosen.polish)
     chosen.refuse_remeasure("is for one budget: quantize to each instead of a sweep")
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:

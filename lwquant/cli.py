@@ -67,6 +67,9 @@ def quantize(
     tie_fused: Annotated[
         bool, typer.Option(help="Same width for q/k/v and for gate/up, as vLLM needs.")
     ] = False,
+    polish: Annotated[
+        int | None, typer.Option(help="Steps of learned rounding per block, e.g. 100.")
+    ] = None,
     tune: Annotated[
         int | None, typer.Option(help="Further windows to tune all scales together on.")
     ] = None,
@@ -99,6 +102,7 @@ def quantize(
         group_size=group_size,
         seed=seed,
         tie_fused=tie_fused or None,
+        polish=polish,
         tune=tune,
         remeasure=remeasure,
     )

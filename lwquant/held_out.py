@@ -64,6 +64,7 @@ def measure_plan(
         rounding.quantizer,
         rounding.correction,
         needs_drift=rounding.needs_drift,
+        polish=rounding.polish,
         progress=progress,
     ):
         (waiting.append if tunes else keep)(done)

@@ -97,7 +97,7 @@ def quantize(
     """
     progress = progress or StderrProgress()
     chosen, texts = merged(recipe, calibration, settings)
-    rounding = rounding_of(chosen.quantizer, chosen.correction)
+    rounding = rounding_of(chosen.quantizer, chosen.correction, chosen.polish)
     metric_of(chosen.metric), allocator_of(chosen.allocator)  # unknown names fail here, not later
     budget = _one_budget(bpw, size, max_kl, plan)
     if plan is not None or max_kl is not None:
@@ -153,6 +153,8 @@ def _quantize_and_save(
 ) -> Result:
     decoder = opened.decoder
     notes = list(plan.notes)
+    if rounding.polish:
+        notes.append(f"rounding learned block by block, {rounding.polish} steps each")
     if len(windows.tuning):
         notes.append(f"scales tuned together on {len(windows.tuning)} further windows")
     calibration, held_out = windows.calibration, windows.held_out

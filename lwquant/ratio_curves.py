@@ -70,7 +70,7 @@ def ratio_curves(
     if wrong or not shares:
         raise BudgetError(f"shares={list(shares)} must be fractions between 0 and 1")
     chosen = chosen.changed(bits=(low, high), more_group_sizes=())
-    rounding = rounding_of(chosen.quantizer, chosen.correction)
+    rounding = rounding_of(chosen.quantizer, chosen.correction, chosen.polish)
     chosen.refuse_remeasure("is for one budget, not for curves")
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:

@@ -42,16 +42,20 @@ class Recipe:
     more_group_sizes: tuple[int, ...] = ()  # each width is also in the menu with each of these
     symmetric: bool = False
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
+    polish: int = 0  # steps of learned rounding per block; see block_tuning.py
     tune: int = 0  # further windows to tune all scales together on; see finetune.py
     remeasure: int = 0  # rounds of measuring costs again around the plan; see remeasure.py
     pins: Mapping[str, int] = field(default_factory=dict)  # linear name -> bits
     allow_worse: bool = False  # keep a mixed plan that is predicted to lose against uniform
 
     def __post_init__(self) -> None:
-        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "tune": 0, "remeasure": 0}
+        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1}
+        least_of |= {"polish": 0, "tune": 0, "remeasure": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise LwquantError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.polish and self.n_samples < 2:
+            raise LwquantError(f"polish needs n_samples of at least 2, not {self.n_samples}")
         if not 1 <= self.sensitivity_samples:
             raise LwquantError(f"sensitivity_samples={self.sensitivity_samples} must be positive")
         if not self.bits or len(set(self.bits)) != len(self.bits):
@@ -127,7 +131,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
     counts = ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size")
-    for name in (*counts, "tune", "remeasure"):
+    for name in (*counts, "polish", "tune", "remeasure"):
         if not isinstance(getattr(recipe, name), int):
             raise LwquantError(f"recipe {where}: {name} must be a whole number")
     return recipe
@@ -143,27 +147,28 @@ def allocator_of(method: Method) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Rounding:
-    """The quantizer and the correction of a run, made to fit each other."""
+    """The quantizer and the correction of a run, made to fit each other, and what follows them."""
 
     quantizer: Callable[..., Any]
     correction: Callable[..., Any] | None
     needs_drift: bool
+    polish: int = 0  # steps of learned rounding per block
 
 
-def rounding_of(quantizer: Method, correction: Method) -> Rounding:
+def rounding_of(quantizer: Method, correction: Method, polish: int = 0) -> Rounding:
     """Resolve both. "gptaq" is GPTQ's own asymmetric term, so it needs GPTQ and excludes QEP."""
     resolved = _look_up("quantizer", QUANTIZERS, quantizer)
     named = {"name": correction} if isinstance(correction, str) else correction
     if isinstance(named, Mapping) and named.get("name") == "none":
-        return Rounding(resolved, None, False)
+        return Rounding(resolved, None, False, polish)
     if isinstance(named, Mapping) and named.get("name") == "gptaq":
         base = resolved.func if isinstance(resolved, partial) else resolved
         if base is not QUANTIZERS["gptq"]:
             raise LwquantError("correction 'gptaq' is a term inside GPTQ: use quantizer 'gptq'")
         strength = float(named.get("strength", 0.25))
-        return Rounding(partial(resolved, asymmetry=strength), None, True)
+        return Rounding(partial(resolved, asymmetry=strength), None, True, polish)
     choices = {**CORRECTIONS, "none": None, "gptaq": None}
-    return Rounding(resolved, _look_up("correction", choices, correction), True)
+    return Rounding(resolved, _look_up("correction", choices, correction), True, polish)
 
 
 def _look_up(family: str, listed: Mapping[str, Any], method: Method) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lwquant.block_tuning import RoundedLinear, tune_block
 from lwquant.capture.record import catching_inputs
 from lwquant.capture.stats import StatsAccumulator
 from lwquant.corrections import Correction
@@ -67,14 +68,16 @@ def quantize_blocks(
     correction: Correction | None = None,
     *,
     needs_drift: bool | None = None,
+    polish: int = 0,
     progress: Progress = silent,
 ) -> Iterator[QuantizedLinearResult]:
-    """Quantize every linear in forward order; yields each as it is done.
+    """Quantize every linear in forward order; yields those of a block when the block is done.
 
     The linears of a block that read the same tensor share one set of statistics; it is recorded
     after the linears before them in the block were quantized. `streams` ends up after the last
     block. `needs_drift` asks for what the float model does differently, in the linears' inputs and
-    in the residual stream (default: when there is a correction).
+    in the residual stream (default: when there is a correction). `polish` steps of learned rounding
+    bring each block's output closer to the float model's; see block_tuning.py.
     """
     needs_drift = correction is not None if needs_drift is None else needs_drift
     for index in range(decoder.n_blocks):
@@ -88,6 +91,7 @@ def quantize_blocks(
                 quantizer,
                 correction,
                 needs_drift,
+                polish,
                 progress,
             )
     progress("quantize", "done", decoder.n_blocks, decoder.n_blocks)
@@ -102,6 +106,7 @@ def _quantize_block(
     quantizer: Quantizer,
     correction: Correction | None,
     needs_drift: bool,
+    polish: int,
     progress: Progress,
 ) -> Iterator[QuantizedLinearResult]:
     groups: dict[int, list[LinearSpec]] = {}
@@ -113,8 +118,9 @@ def _quantize_block(
     if needs_drift:
         first = {group: _module(decoder, block, groups[group][0]) for group in rounded}
         original = advance_and_catch(decoder, index, block, streams, first)
-    else:  # only the held-out samples are ever compared with the float model
-        advance(decoder, index, block, streams.floating[streams.n_calibration :])
+    else:  # without polish only the held-out samples are ever compared with the float model
+        advance(decoder, index, block, streams.floating[0 if polish else streams.n_calibration :])
+    done: dict[LinearSpec, Tensor | RoundedLinear] = {}
     for group, members in groups.items():
         stats = None
         if group in rounded:
@@ -122,10 +128,25 @@ def _quantize_block(
         for spec in members:
             module = _module(decoder, block, spec)
             if stats is None or schemes[spec.name].is_float:
-                yield QuantizedLinearResult(spec, get_weight(module))
+                done[spec] = get_weight(module)
                 continue
             progress("quantize", spec.name, index, decoder.n_blocks)
-            yield _quantize_one(spec, module, stats, schemes, quantizer, correction)
+            done[spec] = _quantize_one(spec, module, stats, schemes, quantizer, correction)
+    linears = {s.name: one for s, one in done.items() if isinstance(one, RoundedLinear)}
+    learned: Mapping[str, QuantizedWeight] = {}
+    if polish and linears:
+        progress("quantize", f"learned rounding of block {index}", index, decoder.n_blocks)
+        rows = slice(streams.n_calibration)
+        learned = tune_block(
+            partial(decoder.run, index, block),
+            linears,
+            streams.quantized[rows],
+            streams.floating[rows],
+            steps=polish,
+        )
+    for spec, one in done.items():
+        rounded_to = one.start if isinstance(one, RoundedLinear) else one
+        yield QuantizedLinearResult(spec, learned.get(spec.name, rounded_to))
     advance(decoder, index, block, streams.quantized)
 
 
@@ -140,7 +161,7 @@ def _quantize_one(
     schemes: Mapping[str, QuantScheme],
     quantizer: Quantizer,
     correction: Correction | None,
-) -> QuantizedLinearResult:
+) -> RoundedLinear:
     target = get_weight(module)
     try:
         if correction is not None:
@@ -149,7 +170,7 @@ def _quantize_one(
     except ValueError as error:
         raise RoundingError(f"{spec.name}: {error}") from error
     set_weight(module, quantized.dequantize())
-    return QuantizedLinearResult(spec, quantized)
+    return RoundedLinear(module, target, quantized)
 
 
 def record_stats(

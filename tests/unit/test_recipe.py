@@ -41,6 +41,9 @@ def test_more_group_sizes_make_a_finer_menu_whose_steps_only_grow(tmp_path):
         ("more_group_sizes = [0]", "group_size=0"),
         ("n_samples = 0", "n_samples=0"),
         ("seq_len = 2.5", "seq_len"),
+        ("polish = -1", "polish=-1 must be at least 0"),
+        ("polish = 1.5", "polish must be a whole number"),
+        ("polish = 9\nn_samples = 1", "polish needs n_samples of at least 2, not 1"),
         ("= 3", "recipe"),
         ('group_size = "64"', "group_size|'<'"),
     ],
@@ -67,5 +70,8 @@ def test_corrections_fit_the_quantizer():
     gptaq = rounding_of("gptq", "gptaq")
     assert gptaq.quantizer.func is gptq and gptaq.quantizer.keywords == {"asymmetry": 0.25}
     assert gptaq.correction is None and gptaq.needs_drift
+    for quantizer, correction in (("rtn", "none"), ("gptq", "gptaq"), ("gptq", "qep")):
+        assert rounding_of(quantizer, correction).polish == 0
+        assert rounding_of(quantizer, correction, 30).polish == 30
     with pytest.raises(LwquantError, match="use quantizer 'gptq'"):
         rounding_of("rtn", "gptaq")
