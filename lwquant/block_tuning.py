@@ -4,7 +4,8 @@ Rounding with signed gradients is from Cheng et al., "Optimize Weight Rounding v
 Descent for the Quantization of LLMs", arXiv:2309.05516 (AutoRound); the output of a whole block as
 the target from Li et al., "BRECQ", arXiv:2102.05426. Ours starts from codes that a quantizer chose
 with care, aims at the float model's own activations rather than at what the float block makes of
-the quantized ones, takes steps of Adam, and is stopped by windows it did not learn from.
+the quantized ones, takes steps of Adam from which noise is left out, and is judged by windows that
+it did not learn from.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ HELD_OUT = 8  # one of so many calibration windows judges instead of teaching
 TOKENS_PER_STEP = 256  # at least a window; more steps of few tokens beat fewer of more
 CHECKS = 2  # how often, evenly spread, the held-out windows are asked
 DECAYS = (0.9, 0.99)  # of Adam's means of the gradient and of its square
+WAIT = 10  # steps until those means say anything, for which the positions stay
+NOISE = 0.3  # mean over root mean square of a gradient that is taken for noise; pure noise has 0.23
 NOTHING_BETTER = "learned rounding found nothing better for this block on held-out windows"
 
 Run = Callable[[Tensor], Tensor]  # (n_samples, seq_len, hidden) -> the block's output, alike
@@ -37,6 +40,23 @@ class RoundedLinear:
     module: nn.Module
     target: Tensor  # (out_features, in_features), the weight that was rounded
     start: QuantizedWeight
+
+
+class _Direction:
+    """Where Adam goes (Kingma, Ba, arXiv:1412.6980): mean over root mean square of a gradient."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
+        self.number = 0
+
+    def after(self, gradient: Tensor) -> Tensor:
+        """±1 where all gradients so far agree, near 0 where they are noise."""
+        self.number += 1
+        first, second = DECAYS
+        self.mean.lerp_(gradient, 1 - first)
+        self.square.lerp_(gradient.square(), 1 - second)
+        root = self.square.sqrt().mul_((1 - second**self.number) ** -0.5).add_(1e-30)
+        return self.mean.div(1 - first**self.number).div_(root)
 
 
 class _Learned:
@@ -53,6 +73,8 @@ class _Learned:
         lies = self._by_group(lies, torch.add, self.zeros)
         self.positions = lies.clamp(codes - EDGE, codes + EDGE).clamp_(0, self._max_code)
         self.shift = torch.zeros_like(self.scales)
+        self.position_direction = _Direction(self.positions)
+        self.shift_direction = _Direction(self.shift)
 
     @property
     def _max_code(self) -> int:
@@ -64,25 +86,33 @@ class _Learned:
         self.weight = self._by_group(steps, torch.mul, self.scales * self.shift.exp())
         set_weight(self.module, self.weight)
         parameter: nn.Parameter = self.module.weight  # type: ignore[assignment]
-        return parameter.requires_grad_(True)
+        parameter.requires_grad_(True)
+        return parameter
 
-    def take_gradient(self, gradient: Tensor) -> None:
-        """Set the gradients in positions and shift from that in the weight that was put in.
+    def slopes(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients in positions and shift from that in the weight that was put in.
 
         Rounding counts as the identity (straight-through).
         """
         gradient = as_linear(self.module, gradient)
-        self.shift.grad = self._grouped(gradient * self.weight).sum(2)
-        slope = self._by_group(gradient, torch.mul, self.scales * self.shift.exp())
-        self.positions.grad = slope.contiguous()  # fused Adam reads memory, not strides
+        in_positions = self._by_group(gradient, torch.mul, self.scales * self.shift.exp())
+        return in_positions, self._grouped(gradient * self.weight).sum(2)
+
+    def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
+        """Move against the gradient in the weight; positions only as far as it is no noise.
+
+        There are as many positions as weights, and far fewer tokens per step: if they followed
+        the noise too, the many that start at an edge would lose what the quantizer found.
+        """
+        in_positions, in_shift = self.slopes(gradient)
+        clear = nn.functional.softshrink(self.position_direction.after(in_positions), NOISE)
+        self.positions.sub_(clear, alpha=rate).clamp_(0, self._max_code)
+        self.shift.sub_(self.shift_direction.after(in_shift), alpha=scale_rate)
 
     def result(self) -> QuantizedWeight:
         """What is stored if learning ends here."""
         scales = storable_scale(self.scales * self.shift.exp())
         return replace(self.start, codes=self.positions.round().byte(), scales=scales.half())
-
-    def stay_on_grid(self) -> None:
-        self.positions.clamp_(0, self._max_code)
 
     def _by_group(
         self, values: Tensor, combine: Callable[[Tensor, Tensor], Tensor], per_group: Tensor
@@ -112,7 +142,7 @@ def tune_block(
     wanted: Tensor,
     *,
     steps: int,
-    rate: float = 1e-2,
+    rate: float = 5e-3,
     scale_rate: float = 5e-3,
     seed: int = 0,
 ) -> dict[str, QuantizedWeight]:
@@ -143,24 +173,17 @@ def tune_block(
     best_loss = start_loss = _loss_with(best, run, linears, *judge)
 
     learned = {name: _Learned(linear) for name, linear in linears.items()}
-    positions = [one.positions for one in learned.values()]
-    shifts = [one.shift for one in learned.values()]
-    groups = [{"params": positions, "lr": rate}, {"params": shifts, "lr": scale_rate}]
-    optimizer = torch.optim.Adam(groups, betas=DECAYS, eps=1e-20, fused=True)
+    wait = min(WAIT, steps // 2)
     checks = {steps * check // CHECKS for check in range(1, CHECKS + 1)}
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _cosine(done, steps))
     size = max(1, TOKENS_PER_STEP // inputs.shape[1])
     for number, rows in enumerate(_batches(n_learned, size, steps, seed), start=1):
         parameters = [one.put_in() for one in learned.values()]
         with torch.enable_grad():
             loss = block_loss(run(inputs[rows]), wanted[rows], importance[rows])
             gradients = torch.autograd.grad(loss, parameters)
+        share = (1 + math.cos(math.pi * (number - 1) / steps)) / 2
         for one, gradient in zip(learned.values(), gradients, strict=True):
-            one.take_gradient(gradient)
-        optimizer.step()
-        schedule.step()
-        for one in learned.values():
-            one.stay_on_grid()
+            one.step(gradient, rate * share if number > wait else 0.0, scale_rate * share)
         if number in checks:
             found = {name: one.result() for name, one in learned.items()}
             found_loss = _loss_with(found, run, linears, *judge)
@@ -218,7 +241,3 @@ def _batches(n: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
             waiting += torch.randperm(n, generator=generator).tolist()
         yield waiting[:size]
         waiting = waiting[size:]
-
-
-def _cosine(done: int, total: int) -> float:
-    return (1 + math.cos(math.pi * done / total)) / 2 if total else 0.0
