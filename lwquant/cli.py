@@ -76,6 +76,9 @@ def quantize(
     tie_fused: Annotated[
         bool, typer.Option(help="Same width for q/k/v and for gate/up, as vLLM needs.")
     ] = False,
+    polish: Annotated[
+        int | None, typer.Option(help="Steps of learned rounding per block, e.g. 100.")
+    ] = None,
     tune: Annotated[
         int | None, typer.Option(help="Further windows to tune all scales together on.")
     ] = None,
@@ -114,6 +117,7 @@ def quantize(
         seed=seed,
         tie_fused=tie_fused or None,
         effort=effort,
+        polish=polish,
         tune=tune,
         remeasure=remeasure,
         local_search=local_search,

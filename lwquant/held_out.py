@@ -65,6 +65,7 @@ def measure_plan(
         rounding.correction,
         records=rounding.records,
         weighting=rounding.weighting,
+        polish=rounding.polish,
         progress=progress,
     ):
         (waiting.append if tunes else keep)(done)

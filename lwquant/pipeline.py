@@ -158,6 +158,8 @@ def _quantize_and_save(
 ) -> Result:
     decoder = opened.decoder
     notes = [*opened.notes, *plan.notes]
+    if rounding.polish:
+        notes.append(f"rounding learned block by block, {rounding.polish} steps each")
     if len(windows.tuning):
         notes.append(f"scales tuned together on {len(windows.tuning)} further windows")
     if recipe.expand > 1:

@@ -49,6 +49,7 @@ class Recipe:
     symmetric: bool = False
     scale_bits: int = 8  # 16: scales as plain float16
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
+    polish: int = 0  # steps of learned rounding per block; see block_tuning.py
     tune: int = 0  # further windows to tune all scales together on; see finetune.py
     remeasure: int = 0  # rounds of measuring costs again around the plan; see remeasure.py
     local_search: int = 0  # measured moves from the plan; see local_search.py
@@ -56,11 +57,13 @@ class Recipe:
     allow_worse: bool = False  # keep a mixed plan that is predicted to lose against uniform
 
     def __post_init__(self) -> None:
-        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "expand": 1, "tune": 0}
-        least_of.update({"remeasure": 0, "local_search": 0})
+        least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "expand": 1, "polish": 0}
+        least_of |= {"tune": 0, "remeasure": 0, "local_search": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise LwquantError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.polish and self.n_samples < 2:
+            raise LwquantError(f"polish needs n_samples of at least 2, not {self.n_samples}")
         if not 1 <= self.sensitivity_samples:
             raise LwquantError(f"sensitivity_samples={self.sensitivity_samples} must be positive")
         if not 0 <= self.importance_floor <= 1:
@@ -91,7 +94,7 @@ class Recipe:
         """Everything about how linears are rounded; LwquantError for unknown names."""
         plain = rounding_of(self.quantizer, self.correction)
         weighting = weighting_of(self.token_importance, self.importance_floor)
-        return replace(plain, weighting=weighting)
+        return replace(plain, weighting=weighting, polish=self.polish)
 
     def changed(self, **settings: Any) -> Recipe:
         """A copy with those settings that are not None."""
@@ -147,7 +150,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
     counts = ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size")
-    for name in (*counts, "scale_bits", "expand", "tune", "remeasure", "local_search"):
+    for name in (*counts, "scale_bits", "expand", "polish", "tune", "remeasure", "local_search"):
         if not isinstance(getattr(recipe, name), int):
             raise LwquantError(f"recipe {where}: {name} must be a whole number")
     return recipe
@@ -168,12 +171,13 @@ def allocator_of(method: Method) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Rounding:
-    """The quantizer and the correction of a run, made to fit each other."""
+    """The quantizer and the correction of a run, made to fit each other, and what follows them."""
 
     quantizer: Callable[..., Any]
     correction: Callable[..., Any] | None
     records: Records
     weighting: TokenWeighting | None = None  # of the calibration tokens
+    polish: int = 0  # steps of learned rounding per block
 
 
 def rounding_of(quantizer: Method, correction: Method) -> Rounding:

@@ -33,7 +33,8 @@ def remeasured_plan(
     """The plan whose model, really quantized, has the least KL on the held-out windows.
 
     Candidates are the plan of `report`, the plan of costs measured again around the plan in
-    `recipe.remeasure` rounds, and the uniform plan. Returns the winner and the report it is from.
+    `recipe.remeasure` rounds, and the uniform plan; they are compared without learned rounding.
+    Returns the winner and the report it is from.
     """
     rounding = recipe.rounding()
     uniform = plan_report(report, bpw, recipe=recipe.changed(allocator="uniform"))

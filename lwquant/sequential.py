@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lwquant.block_tuning import RoundedLinear, tune_block
 from lwquant.capture.record import catching_inputs
 from lwquant.capture.stats import StatsAccumulator
 from lwquant.corrections import Correction
@@ -72,16 +73,18 @@ def quantize_blocks(
     *,
     records: Records | None = None,
     weighting: TokenWeighting | None = None,
+    polish: int = 0,
     progress: Progress = silent,
 ) -> Iterator[QuantizedLinearResult]:
-    """Quantize every linear in forward order; yields each as it is done.
+    """Quantize every linear in forward order; yields those of a block when the block is done.
 
     The linears of a block that read the same tensor share one set of statistics; it is recorded
     after the linears before them in the block were quantized. `streams` ends up after the last
     block. `records` asks for what the float model does differently: "owed" for what error
     propagation reads, "all" (the default where there is a correction) for every linear's drift too.
     `weighting` says how much each calibration token counts in a block's statistics (default: all
-    the same).
+    the same). `polish` steps of learned rounding bring each block's output closer to the float
+    model's; see block_tuning.py.
     """
     records = records or ("inputs" if correction is None else "all")
     for index in range(decoder.n_blocks):
@@ -96,6 +99,7 @@ def quantize_blocks(
                 correction,
                 records,
                 weighting,
+                polish,
                 progress,
             )
     progress("quantize", "done", decoder.n_blocks, decoder.n_blocks)
@@ -111,6 +115,7 @@ def _quantize_block(
     correction: Correction | None,
     records: Records,
     weighting: TokenWeighting | None,
+    polish: int,
     progress: Progress,
 ) -> Iterator[QuantizedLinearResult]:
     groups: dict[int, list[LinearSpec]] = {}
@@ -122,8 +127,8 @@ def _quantize_block(
     if records != "inputs":
         first = {group: groups[group][0] for group in rounded}
         original = advance_and_catch(decoder, index, block, streams, first, records)
-    else:  # only the held-out samples are ever compared with the float model
-        advance(decoder, index, block, streams.floating[streams.n_calibration :])
+    else:  # without polish only the held-out samples are ever compared with the float model
+        advance(decoder, index, block, streams.floating[0 if polish else streams.n_calibration :])
     weights = None
     if weighting is not None and rounded:
         try:
@@ -133,6 +138,7 @@ def _quantize_block(
         except ValueError as error:
             raise RoundingError(f"tokens of block {index}: {error}") from error
     replay, ends = Replay(), _endings(decoder, index, block, groups, streams)
+    done: dict[LinearSpec, Tensor | RoundedLinear] = {}
     for group, members in groups.items():
         stats = None
         if group in rounded:
@@ -143,10 +149,26 @@ def _quantize_block(
         for spec in members:
             module = _module(decoder, block, spec)
             if stats is None or schemes[spec.name].is_float:
-                yield QuantizedLinearResult(spec, get_weight(module))
+                done[spec] = get_weight(module)
                 continue
             progress("quantize", spec.name, index, decoder.n_blocks)
-            yield _quantize_one(spec, module, stats, schemes, quantizer, correction)
+            done[spec] = _quantize_one(spec, module, stats, schemes, quantizer, correction)
+    linears = {s.name: one for s, one in done.items() if isinstance(one, RoundedLinear)}
+    learned: Mapping[str, QuantizedWeight] = {}
+    if polish and linears:
+        progress("quantize", f"learned rounding of block {index}", index, decoder.n_blocks)
+        rows = slice(streams.n_calibration)
+        learned = tune_block(
+            partial(decoder.run, index, block),
+            linears,
+            streams.quantized[rows],
+            streams.floating[rows],
+            steps=polish,
+        )
+        replay = Replay()  # every weight may have changed, and so every input
+    for spec, one in done.items():
+        rounded_to = one.start if isinstance(one, RoundedLinear) else one
+        yield QuantizedLinearResult(spec, learned.get(spec.name, rounded_to))
     for number, rows in enumerate(_calibration_chunks(streams)):
         with replay.chunk(number):
             streams.quantized[rows] = decoder.run(index, block, streams.quantized[rows])
@@ -194,7 +216,7 @@ def _quantize_one(
     schemes: Mapping[str, QuantScheme],
     quantizer: Quantizer,
     correction: Correction | None,
-) -> QuantizedLinearResult:
+) -> RoundedLinear:
     target = get_weight(module)
     try:
         if correction is not None:
@@ -203,7 +225,7 @@ def _quantize_one(
     except ValueError as error:
         raise RoundingError(f"{spec.name}: {error}") from error
     set_weight(module, quantized.dequantize())
-    return QuantizedLinearResult(spec, quantized)
+    return RoundedLinear(module, target, quantized)
 
 
 def record_stats(

@@ -151,6 +151,33 @@ def test_tuned_scales_are_saved_noted_and_bring_the_model_closer(
     assert kl == pytest.approx(tuned.held_out.kl_divergence, rel=1e-3)
 
 
+def test_learned_rounding_is_saved_noted_and_brings_the_model_closer(
+    tiny_folder, calibration, tmp_path
+):
+    from lwquant.prepare import open_model, prepare_tokens
+
+    recipe = replace(SMALL, sources=(calibration,), bits=(3,), n_samples=24, polish=60)
+    learned = quantized(tiny_folder, tmp_path / "out", calibration, bpw=3.9, recipe=recipe)
+    assert "rounding learned block by block, 60 steps each" in inspect_notes(learned.folder)
+    opened = open_model(tiny_folder)
+    windows = prepare_tokens(opened, recipe)
+    plain = measure_plan(
+        opened.decoder,
+        learned.plan,
+        rounding_of(recipe.quantizer, recipe.correction),
+        windows.calibration.tokens,
+        windows.held_out,
+    )
+    assert learned.held_out.kl_divergence < 0.95 * plain.kl_divergence
+    model = AutoModelForCausalLM.from_pretrained(learned.folder)
+    original = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        found = model(windows.held_out).logits[:, :-1].log_softmax(-1)
+        wanted = original(windows.held_out).logits[:, :-1].log_softmax(-1)
+    kl = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+    assert kl == pytest.approx(learned.held_out.kl_divergence, rel=1e-3)
+
+
 def inspect_notes(folder):
     return json.loads((folder / "lwquant.json").read_text())["notes"]
 

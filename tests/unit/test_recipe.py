@@ -52,6 +52,9 @@ def test_more_group_sizes_make_a_finer_menu_whose_steps_only_grow(tmp_path):
         ("expand = 1.5", "expand"),
         ("importance_floor = 2", "importance_floor=2"),
         ('importance_floor = "low"', "recipe"),
+        ("polish = -1", "polish=-1 must be at least 0"),
+        ("polish = 1.5", "polish must be a whole number"),
+        ("polish = 9\nn_samples = 1", "polish needs n_samples of at least 2, not 1"),
         ("= 3", "recipe"),
         ('group_size = "64"', "group_size|'<'"),
     ],
@@ -92,6 +95,7 @@ def test_corrections_fit_the_quantizer():
     gptaq = rounding_of("gptq", "gptaq")
     assert gptaq.quantizer.func is gptq and gptaq.quantizer.keywords == {"asymmetry": 0.25}
     assert gptaq.correction is None and gptaq.records == "all"
+    assert Recipe(polish=30).rounding().polish == 30 and Recipe().rounding().polish == 0
     with pytest.raises(LwquantError, match="use quantizer 'gptq'"):
         rounding_of("rtn", "gptaq")
 
