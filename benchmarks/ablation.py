@@ -28,13 +28,11 @@ CSV = HERE / "results" / "ablation.csv"
 WORK = HERE.parent / "demo"
 SHARED = HERE.parent.parent / "shared"
 
-# Changes of the default recipe. "default" is what the others are compared with; those above the
-# line take an ingredient out, those below try another one.
+# Changes of the default recipe. Most take an ingredient out; the last ones put another in.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "scales in 16 bits": {"scale_bits": 16},
     "uniform plan": {"allocator": "uniform"},
-    "one group size": {"more_group_sizes": ()},
     "costs by output error": {"metric": "output_error"},
     "no propagation": {"correction": "none"},
     "propagation without the residual": {"correction": {"name": "qep", "repair_residual": False}},
@@ -43,6 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no activation order": {"quantizer": {"name": "gptq", "act_order": False}},
     "plain rounding": {"quantizer": {"name": "rtn", "search": True}},
     "quantease": {"quantizer": "quantease"},
+    "first-order term": {"quantizer": {"name": "gptq", "first_order": 0.1}},
+    "tokens by attention": {"token_importance": "attention_concentration"},
+    "rotated": {"transform": "rotate"},
+    "learned rounding": {"polish": 64},
 }
 TESTS = {
     "smollm2": {"wikitext": "wikitext-2-raw-test.txt", "code": "code.utf8"},
@@ -83,7 +85,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
     from lwquant.held_out import compare_streams
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
-    from lwquant.recipe import load_recipe
+    from lwquant.recipe import load_recipe, transform_of
     from lwquant.sequential import Streams, quantize_blocks
     from lwquant.stages import measure, plan_report
 
@@ -96,7 +98,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
     rounding = recipe.rounding()
     rows = []
     with fast_float32():
-        opened = open_model(folder)
+        opened = open_model(folder, transform=transform_of(recipe.transform))
         calibration = prepare_tokens(opened, recipe).calibration
         windows = {
             name: evenly_spread_windows(
@@ -122,6 +124,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
                 rounding.correction,
                 records=rounding.records,
                 weighting=rounding.weighting,
+                polish=rounding.polish,
             ):
                 pass
             seconds = measuring + time.monotonic() - start
