@@ -45,8 +45,8 @@ UNIFORM = {
 }
 ROWS = {
     "original": None,
-    "rtn-3": {"bpw": 3.297, "quantizer": "rtn", **UNIFORM},
-    "gptq-3": {"bpw": 3.297, "quantizer": "gptq", **UNIFORM},
+    "rtn-3": {"bpw": 3.184, "quantizer": "rtn", **UNIFORM},
+    "gptq-3": {"bpw": 3.184, "quantizer": "gptq", **UNIFORM},
     **{f"preset-{bpw}": {"bpw": bpw} for bpw in (2.8, 3.3, 3.8, 4.3)},
 }
 SHOWN = ("lambada", "arc", "arc-normalized", "passkey")
