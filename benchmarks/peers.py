@@ -15,23 +15,21 @@ window; it shows that what is measured is what the peer computes.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import commit, machine
+from rows import HERE, append, commit, machine, stored
 from smollm2 import as_folder
 
 # Before transformers, which looks for a package "kernels" and finds kernels.py of this folder.
 import lwquant  # noqa: F401
 
-HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 CSV, PLOT = RESULTS / "peers.csv", RESULTS / "peers.png"
 WORK = HERE.parent / "demo"
@@ -345,34 +343,6 @@ def run(name: str, model: Model, model_name: str, judge: Judge, arguments) -> Ro
     )
 
 
-def stored() -> list[Row]:
-    if not CSV.exists():
-        return []
-
-    def value(kind: str, text: str) -> Any:
-        if "None" in kind and not text:
-            return None
-        if kind == "bool":
-            return text == "True"
-        return {"float": float, "int": int, "str": str}[kind.split(" ")[0]](text)
-
-    kinds = {f.name: str(f.type) for f in fields(Row)}
-    with CSV.open(newline="", encoding="utf-8") as file:
-        return [Row(**{k: value(kinds[k], v) for k, v in r.items()}) for r in csv.DictReader(file)]
-
-
-def append(row: Row) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    new = not CSV.exists()
-    with CSV.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-        )
-
-
 def print_table(rows: list[Row], model: str) -> None:
     """Markdown, by bits; then what could not be run, and why."""
     main, code = ("WikiText-2", True) if model == "smollm2" else ("stories", False)
@@ -454,13 +424,13 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep what the peers hand back")
     arguments = parser.parse_args()
     if arguments.table:
-        print_table(stored(), arguments.model)
-        draw(stored())
+        print_table(stored(Row, CSV), arguments.model)
+        draw(stored(Row, CSV))
         return
     import torch
 
     torch.set_num_threads(arguments.threads)
-    done = {row.name for row in stored() if row.model == arguments.model}
+    done = {row.name for row in stored(Row, CSV) if row.model == arguments.model}
     wanted = [
         name
         for name in ROWS
@@ -480,13 +450,13 @@ def main() -> None:
             failed.append(name)
             print(f"{name} failed: {error}", file=sys.stderr)
             continue
-        append(row)
+        append(row, CSV)
         print(
             f"{row.name:28} {row.bpw:.3f} bpw  KL {row.kl_divergence:.4f}  {row.seconds:.0f} s",
             file=sys.stderr,
         )
-    print_table(stored(), arguments.model)
-    draw(stored())
+    print_table(stored(Row, CSV), arguments.model)
+    draw(stored(Row, CSV))
     if failed:
         raise SystemExit(f"failed, see the logs in {PEERS_WORK}: {', '.join(failed)}")
 
