@@ -156,8 +156,10 @@ def test_learned_rounding_is_saved_noted_and_brings_the_model_closer(
 ):
     from lwquant.prepare import open_model, prepare_tokens
 
-    recipe = replace(SMALL, sources=(calibration,), bits=(3,), n_samples=24, polish=60)
-    learned = quantized(tiny_folder, tmp_path / "out", calibration, bpw=3.9, recipe=recipe)
+    recipe = replace(
+        SMALL, sources=(calibration,), bits=(3, 4), allocator="uniform", n_samples=24, polish=60
+    )
+    learned = quantized(tiny_folder, tmp_path / "out", calibration, bpw=3.6, recipe=recipe)
     assert "rounding learned block by block, 60 steps each" in inspect_notes(learned.folder)
     opened = open_model(tiny_folder)
     windows = prepare_tokens(opened, recipe)
