@@ -82,11 +82,11 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
 
     from lwquant.capture.tokens import tokenize
     from lwquant.evaluation.windows import evenly_spread_windows
-    from lwquant.held_out import compare_streams
+    from lwquant.held_out import compare_streams, quantize_with
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
     from lwquant.recipe import load_recipe, transform_of
-    from lwquant.sequential import Streams, quantize_blocks
+    from lwquant.sequential import Streams
     from lwquant.stages import measure, plan_report
 
     folder, sources, tests = texts_of(model)
@@ -116,16 +116,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
             streams = Streams.start(
                 opened.decoder, torch.cat([calibration.tokens, *windows.values()]), n
             )
-            for _ in quantize_blocks(
-                opened.decoder,
-                streams,
-                plan.schemes,
-                rounding.quantizer,
-                rounding.correction,
-                records=rounding.records,
-                weighting=rounding.weighting,
-                polish=rounding.polish,
-            ):
+            for _ in quantize_with(opened.decoder, streams, plan, rounding):
                 pass
             seconds = measuring + time.monotonic() - start
             at = n

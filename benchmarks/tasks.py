@@ -14,16 +14,16 @@ process of its own.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from quality import DATA, GROUP, RESULTS, SEQ_LEN, WINDOWS, WORK, commit, machine
+from quality import DATA, GROUP, RESULTS, SEQ_LEN, WINDOWS, WORK
+from rows import append, commit, machine, stored
 from smollm2 import fetch
 
 CSV = RESULTS / "tasks.csv"
@@ -137,30 +137,13 @@ def make(name: str, original: Path) -> tuple[Path, str]:
     return folder, stamp.read_text(encoding="utf-8")
 
 
-def stored(limit: int) -> dict[str, dict[str, Row]]:
+def by_model(limit: int) -> dict[str, dict[str, Row]]:
     """Rows by model and task, in the order of ROWS; of one model on one task the latest."""
     found: dict[str, dict[str, Row]] = defaultdict(dict)
-    if CSV.exists():
-        kinds = {f.name: {"float": float, "int": int}.get(str(f.type), str) for f in fields(Row)}
-        with CSV.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                row = Row(**{key: kinds[key](value) for key, value in line.items()})
-                if row.limit == limit:
-                    found[row.model][row.task] = row
+    for row in stored(Row, CSV):
+        if row.limit == limit:
+            found[row.model][row.task] = row
     return {name: found[name] for name in ROWS if name in found}
-
-
-def append(rows: list[Row]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    new = not CSV.exists()
-    with CSV.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            )
 
 
 def print_table(models: dict[str, dict[str, Row]]) -> None:
@@ -236,13 +219,14 @@ def main() -> None:
     if arguments.row:
         print(json.dumps([asdict(row) for row in run(arguments.row, arguments.limit)]))
         return
-    done = stored(arguments.limit)
+    done = by_model(arguments.limit)
     for name in [] if arguments.table else ROWS:
         if arguments.only in name and name not in done:
             command = [sys.executable, __file__, "--row", name, "--limit", str(arguments.limit)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            append([Row(**row) for row in json.loads(output.splitlines()[-1])])
-    print_table(stored(arguments.limit))
+            for row in json.loads(output.splitlines()[-1]):
+                append(Row(**row), CSV)
+    print_table(by_model(arguments.limit))
 
 
 if __name__ == "__main__":

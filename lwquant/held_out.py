@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,27 @@ def _drop(done: QuantizedLinearResult) -> None:
     pass
 
 
+def quantize_with(
+    decoder: Decoder,
+    streams: Streams,
+    plan: BitPlan,
+    rounding: Rounding,
+    progress: Progress = silent,
+) -> Iterator[QuantizedLinearResult]:
+    """quantize_blocks() with all that a recipe says about rounding."""
+    return quantize_blocks(
+        decoder,
+        streams,
+        plan.schemes,
+        rounding.quantizer,
+        rounding.correction,
+        records=rounding.records,
+        weighting=rounding.weighting,
+        polish=rounding.polish,
+        progress=progress,
+    )
+
+
 def measure_plan(
     decoder: Decoder,
     plan: BitPlan,
@@ -57,17 +78,7 @@ def measure_plan(
     tunes = tuning is not None and len(tuning) > 0
     waiting: list[QuantizedLinearResult] = []
     streams = Streams.start(decoder, torch.cat([tokens, held_out]), n)
-    for done in quantize_blocks(
-        decoder,
-        streams,
-        plan.schemes,
-        rounding.quantizer,
-        rounding.correction,
-        records=rounding.records,
-        weighting=rounding.weighting,
-        polish=rounding.polish,
-        progress=progress,
-    ):
+    for done in quantize_with(decoder, streams, plan, rounding, progress):
         (waiting.append if tunes else keep)(done)
     quantized = streams.quantized[n:]
     if tuning is not None and waiting:
