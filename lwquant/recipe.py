@@ -38,7 +38,7 @@ class Recipe:
     transform: Method = "none"
     metric: Method = "fisher"
     allocator: Method = "exact"
-    quantizer: Method = "gptq"
+    quantizer: Method = "quantease"
     correction: Method = "qep"
     token_importance: Method = "none"  # how much each calibration token counts; see importance/
     importance_floor: float = 0.1  # least weight in a window, as a share of the largest
