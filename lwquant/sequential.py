@@ -17,7 +17,7 @@ from lwquant.errors import LwquantError, RoundingError
 from lwquant.importance import BlockView, TokenWeighting
 from lwquant.model.attention import attention_probabilities
 from lwquant.model.decoder import Decoder
-from lwquant.model.replay import Ending, Replay, endings
+from lwquant.model.replay import Ending, Replay, group_endings
 from lwquant.model.residual import Residual, residual_writers
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
@@ -137,7 +137,12 @@ def _quantize_block(
             raise
         except ValueError as error:
             raise RoundingError(f"tokens of block {index}: {error}") from error
-    replay, ends = Replay(), _endings(decoder, index, block, groups, streams)
+    replay, few = Replay(), streams.quantized[:2]
+    modules = {
+        group: {decoder.local_name(spec): _module(decoder, block, spec) for spec in members}
+        for group, members in groups.items()
+    }
+    ends = group_endings(block, modules, partial(decoder.run, index, block, few))
     done: dict[LinearSpec, Tensor | RoundedLinear] = {}
     for group, members in groups.items():
         stats = None
@@ -173,36 +178,6 @@ def _quantize_block(
         with replay.chunk(number):
             streams.quantized[rows] = decoder.run(index, block, streams.quantized[rows])
     advance(decoder, index, block, streams.quantized[streams.n_calibration :])
-
-
-def _endings(
-    decoder: Decoder,
-    index: int,
-    block: nn.Module,
-    groups: Mapping[int, Sequence[LinearSpec]],
-    streams: Streams,
-) -> dict[int, Ending]:
-    """By input group, the submodule that need not run once the group's inputs are recorded.
-
-    It ends in the group's only linear, and holds none of a later group.
-    """
-    few = streams.quantized[:2]
-    modules = {
-        decoder.local_name(spec): _module(decoder, block, spec)
-        for members in groups.values()
-        for spec in members
-    }
-    found = endings(block, modules, partial(decoder.run, index, block, few))
-    usable = {}
-    for group, members in groups.items():
-        ending = found.get(decoder.local_name(members[0]))
-        if ending is None or len(members) > 1:
-            continue
-        inside = set(ending.module.modules())
-        later = [s for other, specs in groups.items() if other > group for s in specs]
-        if not any(_module(decoder, block, spec) in inside for spec in later):
-            usable[group] = ending
-    return usable
 
 
 def _module(decoder: Decoder, block: nn.Module, spec: LinearSpec) -> nn.Module:
