@@ -86,8 +86,8 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
     from lwquant.recipe import load_recipe, transform_of
-    from lwquant.sequential import Streams
     from lwquant.stages import measure, plan_report
+    from lwquant.streams import Streams
 
     folder, sources, tests = texts_of(model)
     recipe = load_recipe("default").changed(

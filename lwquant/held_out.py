@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lwquant.evaluation.measure import Predictions, compare
 from lwquant.finetune import last_quantized, tune_scales
+from lwquant.guidance import guidance
 from lwquant.model.decoder import Decoder
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress, silent
 from lwquant.recipe import Rounding
-from lwquant.sequential import QuantizedLinearResult, Streams, quantize_blocks
+from lwquant.sequential import QuantizedLinearResult, quantize_blocks
+from lwquant.streams import Streams
 from lwquant.types import BitPlan
 
 
@@ -41,6 +43,10 @@ def quantize_with(
     progress: Progress = silent,
 ) -> Iterator[QuantizedLinearResult]:
     """quantize_blocks() with all that a recipe says about rounding."""
+    guided = None
+    if rounding.guided:
+        calibration = streams.tokens[: streams.n_calibration]
+        guided = guidance(decoder, calibration, rounding.guided, progress=progress)
     return quantize_blocks(
         decoder,
         streams,
@@ -49,6 +55,7 @@ def quantize_with(
         rounding.correction,
         records=rounding.records,
         weighting=rounding.weighting,
+        guidance=guided,
         polish=rounding.polish,
         progress=progress,
     )

@@ -200,6 +200,22 @@ def test_every_architecture_goes_through_the_whole_pipeline(kind, tmp_path, cali
     assert error < 0.1
 
 
+def test_guided_hessians_are_used_and_noted(tiny_folder, calibration, tmp_path):
+    made = [
+        quantized(
+            tiny_folder, tmp_path / str(guided), calibration, bpw=3.0, allocator="uniform", **given
+        )
+        for guided, given in ((0, {}), (2, {"guided": 2}))
+    ]
+    expected = "calibration tokens weighted by gradients, in 2 row groups"
+    assert [expected in inspect_notes(one.folder) for one in made] == [False, True]
+    codes = [
+        load_file(one.folder / "model.safetensors")["model.layers.1.mlp.down_proj.qweight"]
+        for one in made
+    ]
+    assert not torch.equal(*codes)
+
+
 def test_weighted_tokens_and_shifted_windows_are_used_and_noted(tiny_folder, calibration, tmp_path):
     weighted = {"token_importance": {"name": "attention_concentration", "skip_first": True}}
     runs = {"plain": {}, "weighted": weighted, "expanded": {"expand": 2}}

@@ -35,7 +35,7 @@ from lwquant.sensitivity.backward import (
 from lwquant.sensitivity.fisher import second_order
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_stats, weight_changes
-from lwquant.sequential import advance
+from lwquant.streams import advance
 from lwquant.types import LayerStats, LinearSpec, QuantScheme
 
 STEP = 0.02  # share of the change at 2 bits; twice that for each further bit, as errors halve

@@ -13,7 +13,7 @@ from lwquant.capture.stats import StatsAccumulator
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight
 from lwquant.quantizers import Quantizer
-from lwquant.sequential import advance, chunks
+from lwquant.streams import advance, chunks
 from lwquant.types import LayerStats, LinearSpec, QuantScheme
 
 Before = Callable[[int, nn.Module, Tensor], None]

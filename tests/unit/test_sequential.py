@@ -16,7 +16,8 @@ from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.quantizers import gptq, rtn
-from lwquant.sequential import Streams, quantize_blocks
+from lwquant.sequential import quantize_blocks
+from lwquant.streams import Streams
 from lwquant.types import QuantizedWeight, QuantScheme
 
 SCHEME = QuantScheme(3, 32)
@@ -25,7 +26,7 @@ N = 3  # of 6 windows, in chunks of two
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr("lwquant.sequential.TOKENS_PER_RUN", 80)
+    monkeypatch.setattr("lwquant.streams.TOKENS_PER_RUN", 80)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_the_residual_of_other_wirings_is_the_rest_of_the_blocks_output(
 def test_repairing_the_residual_stream_lowers_the_error_on_other_text(
     decoder, tiny_tokenizer, heldout_text, monkeypatch
 ):
-    monkeypatch.setattr("lwquant.sequential.TOKENS_PER_RUN", 2048)
+    monkeypatch.setattr("lwquant.streams.TOKENS_PER_RUN", 2048)
     ids = tiny_tokenizer(heldout_text, add_special_tokens=False)["input_ids"]
     windows = torch.tensor(ids[: 110 * 64]).view(110, 64)
     schemes = {spec.name: SCHEME for spec in decoder.linears}
