@@ -113,9 +113,8 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
         for budget in BUDGETS[model]:
             start = time.monotonic()
             plan = plan_report(report, budget, recipe=recipe)
-            streams = Streams.start(
-                opened.decoder, torch.cat([calibration.tokens, *windows.values()]), n
-            )
+            every = torch.cat([calibration.tokens, *windows.values()])
+            streams = Streams.start(opened.decoder, every, n, calibration.copies)
             for _ in quantize_with(opened.decoder, streams, plan, rounding):
                 pass
             seconds = measuring + time.monotonic() - start

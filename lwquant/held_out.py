@@ -71,6 +71,7 @@ def measure_plan(
     keep: Callable[[QuantizedLinearResult], None] = _drop,
     *,
     tuning: Tensor | None = None,
+    copies: int = 1,
 ) -> Quality:
     """Quantize with a plan, and compare with the float model on the held-out windows.
 
@@ -80,11 +81,12 @@ def measure_plan(
         keep: called with each linear as it is done, e.g. to write it.
         tuning: windows (n, seq_len) to tune all scales on at the end. The codes of all linears
             are held in memory until then, a byte a weight.
+        copies: how often each calibration window is there; see Streams.start().
     """
     n = tokens.shape[0]
     tunes = tuning is not None and len(tuning) > 0
     waiting: list[QuantizedLinearResult] = []
-    streams = Streams.start(decoder, torch.cat([tokens, held_out]), n)
+    streams = Streams.start(decoder, torch.cat([tokens, held_out]), n, copies)
     for done in quantize_with(decoder, streams, plan, rounding, progress):
         (waiting.append if tunes else keep)(done)
     quantized = streams.quantized[n:]
@@ -121,6 +123,7 @@ def measure_on(
         progress,
         keep,
         tuning=windows.tuning,
+        copies=windows.calibration.copies,
     )
 
 

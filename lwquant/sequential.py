@@ -250,7 +250,8 @@ def record_stats(
             own = nn.functional.linear(drift, get_weight(module))
             owed = original.entry[rows] - entry + own.reshape(entry.shape)
         wanted = None if owed is not None and walk.records == "owed" else drift
+        first = None if streams.first_half is None else streams.first_half[rows]
         for each in set(sums.values()):
-            each.add(rows, caught[0], wanted, owed)
+            each.add(rows, caught[0], wanted, owed, first)
     if ending is not None:
         replay.add(ending, kept)

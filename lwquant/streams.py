@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lwquant.capture.record import catching_inputs
+from lwquant.capture.tokens import shifted_around
 from lwquant.importance import BlockView
 from lwquant.model.attention import attention_probabilities
 from lwquant.model.decoder import Decoder
@@ -31,11 +32,20 @@ class Streams:
     floating: Tensor
     n_calibration: int
     tokens: Tensor  # (n_samples, seq_len) that they are of
+    first_half: Tensor | None = None  # (n_calibration, seq_len) bool; None: half of every chunk
 
     @classmethod
-    def start(cls, decoder: Decoder, tokens: Tensor, n_calibration: int) -> Streams:
+    def start(
+        cls, decoder: Decoder, tokens: Tensor, n_calibration: int, copies: int = 1
+    ) -> Streams:
+        """Both streams before the first block.
+
+        Args:
+            copies: how often each calibration window is there, in the order of shifted_around().
+        """
         hidden = torch.cat([decoder.embed(row[None]) for row in tokens])
-        return cls(hidden, hidden.clone(), n_calibration, tokens)
+        half = first_half(n_calibration, tokens.shape[1], copies) if copies > 1 else None
+        return cls(hidden, hidden.clone(), n_calibration, tokens, half)
 
 
 @dataclass
@@ -45,6 +55,19 @@ class FloatBlock:
     entry: Tensor  # the block's input, (n_calibration, seq_len, hidden)
     inputs: dict[int, list[Tensor]]  # of its linears by input group, one tensor per chunk
     writers: Mapping[str, Residual]  # linears, by name in the block, that write into the residual
+
+
+def first_half(n_samples: int, seq_len: int, copies: int) -> Tensor:
+    """Which tokens form the half of a cross-validation, (n_samples, seq_len) bool.
+
+    Half of every chunk of different windows, and the same tokens in their shifted copies: what is
+    learned from one half would not be tested on the other if it held the same text.
+    """
+    chosen = torch.zeros(n_samples // copies, seq_len, dtype=torch.bool)
+    for rows in chunks(*chosen.shape):
+        part = chosen[rows].view(-1)
+        part[: (len(part) + 1) // 2] = True
+    return shifted_around(chosen, copies)
 
 
 def view_of(decoder: Decoder, index: int, block: nn.Module, streams: Streams) -> BlockView:

@@ -177,6 +177,7 @@ class CalibrationSet:
     source: str
     sha256: str
     seed: int
+    copies: int = 1  # of each window, shifted around; see capture/tokens.py
 
 
 @dataclass(frozen=True, eq=False)

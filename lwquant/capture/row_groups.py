@@ -36,7 +36,12 @@ class RowGroupSums:
         ]
 
     def add(
-        self, samples: slice, inputs: Tensor, drift: Tensor | None, owed: Tensor | None
+        self,
+        samples: slice,
+        inputs: Tensor,
+        drift: Tensor | None,
+        owed: Tensor | None,
+        first: Tensor | None,
     ) -> None:
         """Tensors of these samples, as StatsAccumulator.add() takes them."""
         for number, group in enumerate(self._groups):
@@ -44,7 +49,7 @@ class RowGroupSums:
             own = owed
             if owed is not None and len(self._groups) > 1:
                 own = owed[..., row_groups(owed.shape[-1], len(self._groups))[number]]
-            group.add(inputs, drift, own, weights)
+            group.add(inputs, drift, own, weights, first)
 
     def results(self) -> list[LayerStats]:
         """Of each group; owed is of its rows alone."""
