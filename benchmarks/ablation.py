@@ -43,6 +43,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quantease": {"quantizer": "quantease"},
     "first-order term": {"quantizer": {"name": "gptq", "first_order": 0.1}},
     "tokens by attention": {"token_importance": "attention_concentration"},
+    "guided Hessians": {"guided": 4},
+    "guided Hessians, one for all rows": {"guided": 1},
+    "guided Hessians, no propagation": {"guided": 4, "correction": "none"},
     "rotated": {"transform": "rotate"},
     "learned rounding": {"polish": 64},
 }

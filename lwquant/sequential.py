@@ -133,9 +133,8 @@ def _quantize_block(walk: _Walk, index: int, block: nn.Module) -> Iterator[Quant
     for group, members in groups.items():
         stats: Mapping[LinearSpec, list[LayerStats]] = {}
         if group in rounded:
-            sums = _sums(walk, members, weights)
-            record_stats(walk, index, block, members, original, sums, replay, ends.get(group))
-            stats = results(sums)
+            ending = ends.get(group)
+            stats = record_stats(walk, index, block, members, original, weights, replay, ending)
         for spec in members:
             module = module_of(decoder, block, spec)
             if schemes[spec.name].is_float:
@@ -214,16 +213,16 @@ def record_stats(
     block: nn.Module,
     members: Sequence[LinearSpec],
     original: FloatBlock | None,
-    sums: Mapping[LinearSpec, RowGroupSums],
+    weights: Tensor | None,
     replay: Replay,
     ending: Ending | None,
-) -> None:
-    """Add up the input that `members`, linears of the block as it is now, have in common.
+) -> dict[LinearSpec, list[LayerStats]]:
+    """Statistics of the input that `members`, linears of the block as it is now, have in common.
 
     Args:
         original: the float model's block, where the drift from it is wanted; the members' inputs
             are taken out of it. The streams' floating part is past this block then.
-        sums: of the members, some of them perhaps the same.
+        weights: how much each token counts, (n_calibration, seq_len), where walk has no guidance.
         replay: what need not run any more; `ending` joins it with the inputs found here.
     """
     decoder, streams = walk.decoder, walk.streams
@@ -233,7 +232,7 @@ def record_stats(
         float_inputs = original.inputs.pop(members[0].input_group, None)
         if len(members) == 1:  # shared inputs lead into a block, writers lead out of it
             residual = original.writers.get(decoder.local_name(members[0]))
-    kept = []
+    sums, kept = _sums(walk, members, weights), []
     for number, rows in enumerate(calibration_chunks(streams)):
         entry = streams.quantized[rows]
         stop = residual != "output"
@@ -255,3 +254,4 @@ def record_stats(
             each.add(rows, caught[0], wanted, owed, first)
     if ending is not None:
         replay.add(ending, kept)
+    return results(sums)
