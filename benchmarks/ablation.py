@@ -44,6 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain rounding": {"quantizer": {"name": "rtn", "search": True}},
     "GPTQ with the first-order term": {"quantizer": {"name": "gptq", "first_order": 0.1}},
     "tokens by attention": {"token_importance": "attention_concentration"},
+    "guided Hessians": {"guided": 4},
+    "guided Hessians, one for all rows": {"guided": 1},
+    "guided Hessians, no propagation": {"guided": 4, "correction": "none"},
     "rotated": {"transform": "rotate"},
     "learned rounding": {"polish": 64},
 }
@@ -87,8 +90,8 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
     from lwquant.recipe import load_recipe, transform_of
-    from lwquant.sequential import Streams
     from lwquant.stages import measure, plan_report
+    from lwquant.streams import Streams
 
     folder, sources, tests = texts_of(model)
     recipe = load_recipe("default").changed(
@@ -114,9 +117,8 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
         for budget in BUDGETS[model]:
             start = time.monotonic()
             plan = plan_report(report, budget, recipe=recipe)
-            streams = Streams.start(
-                opened.decoder, torch.cat([calibration.tokens, *windows.values()]), n
-            )
+            every = torch.cat([calibration.tokens, *windows.values()])
+            streams = Streams.start(opened.decoder, every, n, calibration.copies)
             for _ in quantize_with(opened.decoder, streams, plan, rounding):
                 pass
             seconds = measuring + time.monotonic() - start

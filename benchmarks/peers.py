@@ -27,9 +27,6 @@ from typing import Any
 from rows import HERE, append, commit, machine, stored
 from smollm2 import as_folder
 
-# Before transformers, which looks for a package "kernels" and finds kernels.py of this folder.
-import lwquant  # noqa: F401
-
 RESULTS = HERE / "results"
 CSV, PLOT = RESULTS / "peers.csv", RESULTS / "peers.png"
 WORK = HERE.parent / "demo"

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lwquant.evaluation.measure import Predictions, compare
 from lwquant.finetune import last_quantized, tune_scales
+from lwquant.guidance import guidance
 from lwquant.model.decoder import Decoder
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress, silent
 from lwquant.recipe import Rounding
-from lwquant.sequential import QuantizedLinearResult, Streams, quantize_blocks
+from lwquant.sequential import QuantizedLinearResult, quantize_blocks
+from lwquant.streams import Streams
 from lwquant.types import BitPlan
 
 
@@ -41,6 +43,10 @@ def quantize_with(
     progress: Progress = silent,
 ) -> Iterator[QuantizedLinearResult]:
     """quantize_blocks() with all that a recipe says about rounding."""
+    guided = None
+    if rounding.guided:
+        calibration = streams.tokens[: streams.n_calibration]
+        guided = guidance(decoder, calibration, rounding.guided, progress=progress)
     return quantize_blocks(
         decoder,
         streams,
@@ -49,6 +55,7 @@ def quantize_with(
         rounding.correction,
         records=rounding.records,
         weighting=rounding.weighting,
+        guidance=guided,
         polish=rounding.polish,
         progress=progress,
     )
@@ -64,6 +71,7 @@ def measure_plan(
     keep: Callable[[QuantizedLinearResult], None] = _drop,
     *,
     tuning: Tensor | None = None,
+    copies: int = 1,
 ) -> Quality:
     """Quantize with a plan, and compare with the float model on the held-out windows.
 
@@ -73,11 +81,12 @@ def measure_plan(
         keep: called with each linear as it is done, e.g. to write it.
         tuning: windows (n, seq_len) to tune all scales on at the end. The codes of all linears
             are held in memory until then, a byte a weight.
+        copies: how often each calibration window is there; see Streams.start().
     """
     n = tokens.shape[0]
     tunes = tuning is not None and len(tuning) > 0
     waiting: list[QuantizedLinearResult] = []
-    streams = Streams.start(decoder, torch.cat([tokens, held_out]), n)
+    streams = Streams.start(decoder, torch.cat([tokens, held_out]), n, copies)
     for done in quantize_with(decoder, streams, plan, rounding, progress):
         (waiting.append if tunes else keep)(done)
     quantized = streams.quantized[n:]
@@ -114,6 +123,7 @@ def measure_on(
         progress,
         keep,
         tuning=windows.tuning,
+        copies=windows.calibration.copies,
     )
 
 

@@ -27,6 +27,7 @@ from lwquant.export.record import (
     RunRecord,
 )
 from lwquant.export.save import ModelWriter
+from lwquant.guidance import check_row_groups
 from lwquant.held_out import Quality, measure_on
 from lwquant.local_search import searched_plan
 from lwquant.matmul import fast_float32
@@ -112,6 +113,7 @@ def quantize(
         given = _given_plan(plan, opened)
         known = read_report(Path(report)) if isinstance(report, str | Path) else report
         check_report(known, opened)
+        check_row_groups(opened.decoder, rounding.guided)
         if target is not None:
             check_budget(opened, chosen, target)
         windows = prepare_tokens(opened, chosen, texts, progress)
@@ -169,6 +171,8 @@ def _quantize_and_save(
         score = settings.pop("name")
         listed = ", ".join(f"{key} {value}" for key, value in settings.items())
         notes.append(f"calibration tokens weighted by {score} ({listed})")
+    if rounding.guided:
+        notes.append(f"calibration tokens weighted by gradients, in {rounding.guided} row groups")
     calibration, held_out = windows.calibration, windows.held_out
     n_samples, seq_len = calibration.tokens.shape
     with new_folder(output, overwrite) as folder, extra_files(opened) as extras:

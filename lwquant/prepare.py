@@ -144,7 +144,9 @@ def prepare_tokens(
     ]
     chosen, held_out, tuning = shuffled.split([recipe.n_samples, recipe.held_out, recipe.tune])
     chosen = shifted_around(chosen, recipe.expand)
-    calibration = CalibrationSet(chosen, every.source, token_hash(chosen), recipe.seed)
+    calibration = CalibrationSet(
+        chosen, every.source, token_hash(chosen), recipe.seed, recipe.expand
+    )
     return Windows(calibration, held_out, tuning)
 
 

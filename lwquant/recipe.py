@@ -42,6 +42,7 @@ class Recipe:
     correction: Method = "qep"
     token_importance: Method = "none"  # how much each calibration token counts; see importance/
     importance_floor: float = 0.1  # least weight in a window, as a share of the largest
+    guided: int = 0  # groups of each linear's rows with weights of their own; see guidance.py
     expand: int = 1  # times each calibration window is used, shifted around further each time
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 16)
     group_size: int = 64
@@ -58,7 +59,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "expand": 1, "polish": 0}
-        least_of |= {"tune": 0, "remeasure": 0, "local_search": 0}
+        least_of |= {"guided": 0, "tune": 0, "remeasure": 0, "local_search": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise LwquantError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -94,7 +95,12 @@ class Recipe:
         """Everything about how linears are rounded; LwquantError for unknown names."""
         plain = rounding_of(self.quantizer, self.correction)
         weighting = weighting_of(self.token_importance, self.importance_floor)
-        return replace(plain, weighting=weighting, polish=self.polish)
+        if weighting is not None and self.guided:
+            raise LwquantError(
+                f"guided={self.guided} and a token_importance both say how much each token counts: "
+                "leave one of them out"
+            )
+        return replace(plain, weighting=weighting, guided=self.guided, polish=self.polish)
 
     def cost_quantizer(self) -> Quantizer:
         """What costs are measured with; LwquantError for an unknown name."""
@@ -154,7 +160,16 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
     counts = ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size")
-    for name in (*counts, "scale_bits", "expand", "polish", "tune", "remeasure", "local_search"):
+    for name in (
+        *counts,
+        "scale_bits",
+        "expand",
+        "guided",
+        "polish",
+        "tune",
+        "remeasure",
+        "local_search",
+    ):
         if not isinstance(getattr(recipe, name), int):
             raise LwquantError(f"recipe {where}: {name} must be a whole number")
     return recipe
@@ -181,6 +196,7 @@ class Rounding:
     correction: Callable[..., Any] | None
     records: Records
     weighting: TokenWeighting | None = None  # of the calibration tokens
+    guided: int = 0  # groups of rows with statistics of their own; 0: all tokens count the same
     polish: int = 0  # steps of learned rounding per block
 
 

@@ -18,7 +18,7 @@ from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
 from lwquant.sensitivity.measured_kl import mean_kl
 from lwquant.sensitivity.walk import block_stats, walk_blocks
-from lwquant.sequential import advance
+from lwquant.streams import advance
 from lwquant.types import QuantizedWeight, QuantScheme
 
 Weights = Mapping[str, Mapping[QuantScheme, QuantizedWeight]]

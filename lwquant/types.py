@@ -6,7 +6,7 @@ Orientation everywhere: weights are (out_features, in_features), activations (..
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -158,6 +158,17 @@ class QuantizedWeight:
         return steps * self.scales.float()[:, expand]
 
 
+def join_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One weight of the rows of all parts, which have one scheme; each note is kept once."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales, zeros = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")
+    )
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    return QuantizedWeight(parts[0].scheme, codes, scales, zeros, tuple(notes))
+
+
 @dataclass(frozen=True)
 class CalibrationSet:
     """Fixed windows of tokens and how to make them again."""
@@ -166,6 +177,7 @@ class CalibrationSet:
     source: str
     sha256: str
     seed: int
+    copies: int = 1  # of each window, shifted around; see capture/tokens.py
 
 
 @dataclass(frozen=True, eq=False)

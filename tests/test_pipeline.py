@@ -28,6 +28,7 @@ from lwquant.errors import (
 from lwquant.export.folder import verify
 from lwquant.held_out import measure_plan
 from lwquant.recipe import Recipe, rounding_of
+from lwquant.streams import first_half
 from lwquant.types import QuantScheme
 
 SMALL = Recipe(n_samples=12, seq_len=96, held_out=6, sensitivity_samples=8, group_size=32)
@@ -200,7 +201,32 @@ def test_every_architecture_goes_through_the_whole_pipeline(kind, tmp_path, cali
     assert error < 0.1
 
 
-def test_weighted_tokens_and_shifted_windows_are_used_and_noted(tiny_folder, calibration, tmp_path):
+def test_guided_hessians_are_used_and_noted(tiny_folder, calibration, tmp_path):
+    made = [
+        quantized(
+            tiny_folder, tmp_path / str(guided), calibration, bpw=3.0, allocator="uniform", **given
+        )
+        for guided, given in ((0, {}), (2, {"guided": 2}))
+    ]
+    expected = "calibration tokens weighted by gradients, in 2 row groups"
+    assert [expected in inspect_notes(one.folder) for one in made] == [False, True]
+    codes = [
+        load_file(one.folder / "model.safetensors")["model.layers.1.mlp.down_proj.qweight"]
+        for one in made
+    ]
+    assert not torch.equal(*codes)
+
+
+def test_weighted_tokens_and_shifted_windows_are_used_and_noted(
+    tiny_folder, calibration, tmp_path, monkeypatch
+):
+    halved = []
+
+    def spy(n_samples, seq_len, copies):
+        halved.append((n_samples, copies))
+        return first_half(n_samples, seq_len, copies)
+
+    monkeypatch.setattr("lwquant.streams.first_half", spy)
     weighted = {"token_importance": {"name": "attention_concentration", "skip_first": True}}
     runs = {"plain": {}, "weighted": weighted, "expanded": {"expand": 2}}
     made = {
@@ -213,6 +239,7 @@ def test_weighted_tokens_and_shifted_windows_are_used_and_noted(tiny_folder, cal
     expected = "calibration tokens weighted by attention_concentration (skip_first True, floor 0.1)"
     assert expected in notes["weighted"] and expected not in notes["plain"]
     assert "each calibration window used 2 times, shifted around" in notes["expanded"]
+    assert halved == [(2 * SMALL.n_samples, 2)]
     codes = {
         name: load_file(one.folder / "model.safetensors")["model.layers.1.mlp.down_proj.qweight"]
         for name, one in made.items()

@@ -13,8 +13,8 @@ LEAST_STRIP = 64
 class StatsAccumulator:
     """Adds Σ w x̂ x̂ᵀ and, where the others are given too, Σ w (x − x̂) x̂ᵀ and Σ w (y − ŷ) x̂ᵀ.
 
-    The weights w of the tokens are 1 by default. With the others, the first half of the tokens of
-    every call is also summed by itself.
+    The weights w of the tokens are 1 by default. With the others, half of the tokens is also summed
+    by itself: the first half of every call, or what the caller names.
     """
 
     def __init__(self) -> None:
@@ -26,8 +26,12 @@ class StatsAccumulator:
         drift: Tensor | None = None,
         owed: Tensor | None = None,
         weights: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> None:
-        """x̂, x − x̂ (..., in_features), y − ŷ (..., out_features), w (...), of the same tokens."""
+        """x̂, x − x̂ (..., in_features), y − ŷ (..., out_features), w (...), of the same tokens.
+
+        `first` (...) says which of them are in the half.
+        """
         flat = _flat(inputs)
         weighted = flat if weights is None else flat * weights.reshape(-1, 1)
         if drift is None and owed is None:
@@ -35,7 +39,10 @@ class StatsAccumulator:
             return
         others = [None if other is None else _flat(other) for other in (drift, owed)]
         middle = (flat.shape[0] + 1) // 2
-        for sums, half in ((self._first, slice(middle)), (self._second, slice(middle, None))):
+        halves: tuple[slice | Tensor, ...] = slice(middle), slice(middle, None)
+        if first is not None:
+            halves = first.flatten(), ~first.flatten()
+        for sums, half in zip((self._first, self._second), halves, strict=True):
             others_half = (None if other is None else other[half] for other in others)
             sums.add(weighted[half], flat[half], *others_half)
 

@@ -75,6 +75,31 @@ def endings(
     return found
 
 
+def group_endings(
+    block: nn.Module, groups: Mapping[int, Mapping[str, nn.Module]], run: Callable[[], Any]
+) -> dict[int, Ending]:
+    """By input group, the submodule that need not run once the group's inputs are recorded.
+
+    It ends in the group's only linear, and holds none of a later group.
+
+    Args:
+        groups: linears of the block by their names in it; groups are recorded in order.
+        run: runs the block once.
+    """
+    linears = {name: module for members in groups.values() for name, module in members.items()}
+    found = endings(block, linears, run)
+    usable = {}
+    for group, members in groups.items():
+        ending = found.get(next(iter(members)))
+        if ending is None or len(members) > 1:
+            continue
+        inside = set(ending.module.modules())
+        later = (m for other, modules in groups.items() if other > group for m in modules.values())
+        if inside.isdisjoint(later):
+            usable[group] = ending
+    return usable
+
+
 class Replay:
     """Submodules that need not run any more, with the recorded inputs of the linears they end in.
 

@@ -34,8 +34,8 @@ from lwquant.sensitivity.backward import (
 )
 from lwquant.sensitivity.fisher import second_order
 from lwquant.sensitivity.measurement import Measurement
-from lwquant.sensitivity.walk import block_stats, weight_changes
-from lwquant.sequential import advance
+from lwquant.sensitivity.walk import InputSums, block_stats, weight_changes
+from lwquant.streams import advance
 from lwquant.types import LayerStats, LinearSpec, QuantScheme
 
 STEP = 0.02  # share of the change at 2 bits; twice that for each further bit, as errors halve
@@ -56,6 +56,8 @@ def augmented_hessian(
     """
     rounded = [scheme for scheme in schemes if not scheme.is_float]
     columns = [column for column, scheme in enumerate(schemes) if not scheme.is_float]
+    if not rounded:  # nothing changes, so nothing costs
+        return Measurement(torch.zeros(len(decoder.linears), len(schemes), dtype=torch.float64))
     inputs, reference, moved = _moved(decoder, tokens, rounded, quantizer, progress)
     sampled = sampled_gradient(decoder, reference, tokens, seed)
     steps = [step_of(scheme) for scheme in rounded]
@@ -68,10 +70,13 @@ def augmented_hessian(
         done = 2 * decoder.n_blocks - 1 - index
         progress("sensitivity", f"backward, block {index}", done, 2 * decoder.n_blocks)
         with decoder.loaded(index) as block:
-            stats = block_stats(decoder, index, block, inputs[index])
-            changes = _changes(decoder, index, block, stats, rounded, quantizer)
+            sums = InputSums(decoder.block_linears(index))
             back = partial(backward_block, decoder, index, block, inputs[index])
-            squares = back(sampled, squared_outputs)
+            squares = back(sampled, squared_outputs, seen=sums.add)
+            stats = sums.results()
+            # Once more, as on the way forward: to hold the changes of all blocks until here would
+            # take four bytes a weight and scheme, twice the model itself for each scheme.
+            changes = _changes(decoder, index, block, stats, rounded, quantizer)
             slopes = [
                 back(gradient, {spec: partial(slope, own[number]) for spec, own in changes.items()})
                 for number, gradient in enumerate(pulled)
@@ -114,11 +119,10 @@ def _moved(
         inputs.append(hidden)
         hidden = hidden.clone()
         with decoder.loaded(index) as block:
-            stats = block_stats(decoder, index, block, hidden)
+            stats = block_stats(decoder, index, block, hidden, onward=True)
             changes = _changes(decoder, index, block, stats, schemes, quantizer)
             modules = {spec: block.get_submodule(decoder.local_name(spec)) for spec in changes}
             weights = {spec: get_weight(module).clone() for spec, module in modules.items()}
-            advance(decoder, index, block, hidden)
             for position, (scheme, stream) in enumerate(zip(schemes, streams, strict=True)):
                 for spec, module in modules.items():
                     step = step_of(scheme) * changes[spec][position]

@@ -37,24 +37,47 @@ def backward_block(
 ) -> dict[LinearSpec, Tensor]:
     """The term of every linear of a loaded block, one for all or each its own, summed over windows.
 
-    `hidden` and `gradient` are (n_samples, seq_len, hidden); `gradient` is of the block's output,
-    and becomes that of its input. A term sees one window at a time; `seen` is shown each linear's
-    inputs (n_tokens, in_features).
+    Other arguments as for gradients_back(). A term sees one window at a time.
     """
     sums: dict[LinearSpec, Tensor] = {}
 
-    def watch(spec: LinearSpec) -> Callable[..., None]:
+    def add(row: int, spec: LinearSpec, inputs: Tensor, gradients: Tensor) -> None:
         own_term = term[spec] if isinstance(term, Mapping) else term
+        own = own_term(inputs, gradients)
+        sums[spec] = sums[spec] + own if spec in sums else own
 
+    gradients_back(decoder, index, block, hidden, gradient, add, seen=seen)
+    return sums
+
+
+def gradients_back(
+    decoder: Decoder,
+    index: int,
+    block: nn.Module,
+    hidden: Tensor,
+    gradient: Tensor,
+    caught: Callable[[int, LinearSpec, Tensor, Tensor], None],
+    *,
+    seen: Callable[[LinearSpec, Tensor], None] | None = None,
+) -> None:
+    """Walk the gradient back through a loaded block, one window at a time.
+
+    `hidden` and `gradient` are (n_samples, seq_len, hidden); `gradient` is of the block's output,
+    and becomes that of its input. `caught` gets a window's number, and a linear with its inputs
+    (n_tokens, in_features) and output gradients (n_tokens, out_features); `seen` is shown each
+    linear's inputs on the way forward.
+    """
+    row = 0
+
+    def watch(spec: LinearSpec) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             inputs = args[0].detach().reshape(-1, spec.in_features)
 
-            def caught(gradient: Tensor) -> None:  # returns nothing: the gradient itself stays
-                own = own_term(inputs, gradient.reshape(-1, spec.out_features))
-                sums[spec] = sums[spec] + own if spec in sums else own
+            def take(gradient: Tensor) -> None:  # returns nothing: the gradient itself stays
+                caught(row, spec, inputs, gradient.reshape(-1, spec.out_features))
 
             if output.requires_grad:  # the decoder may run the block once more to learn its calls
-                output.register_hook(caught)
+                output.register_hook(take)
                 if seen is not None:
                     seen(spec, inputs)
 
@@ -73,7 +96,6 @@ def backward_block(
     finally:
         for handle in handles:
             handle.remove()
-    return sums
 
 
 def sampled_gradient(decoder: Decoder, last: Tensor, tokens: Tensor, seed: int) -> Tensor:

@@ -55,6 +55,7 @@ def delta_loss(
     for index in reversed(range(decoder.n_blocks)):
         progress("sensitivity", f"block {index}", final - index, decoder.n_blocks)
         with decoder.loaded(index) as block:
+            # A pass of its own: each window's product needs ΔW, and that the inputs of them all.
             stats = block_stats(decoder, index, block, inputs[index])
             terms = {}
             for spec in decoder.block_linears(index):

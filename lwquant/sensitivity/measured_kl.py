@@ -20,7 +20,7 @@ from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
-from lwquant.sequential import advance
+from lwquant.streams import advance
 from lwquant.types import QuantScheme
 
 HEAD_TOKENS = 256  # positions whose logits are held at once

@@ -13,7 +13,7 @@ from lwquant.capture.stats import StatsAccumulator
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight
 from lwquant.quantizers import Quantizer
-from lwquant.sequential import advance, chunks
+from lwquant.streams import advance, chunks
 from lwquant.types import LayerStats, LinearSpec, QuantScheme
 
 Before = Callable[[int, nn.Module, Tensor], None]
@@ -86,18 +86,23 @@ class InputSums:
 
 @torch.no_grad()
 def block_stats(
-    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor
+    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, *, onward: bool = False
 ) -> dict[int, LayerStats]:
-    """Statistics by input group of one block for its inputs (n_samples, seq_len, hidden)."""
+    """Statistics by input group of one block for its inputs (n_samples, seq_len, hidden).
+
+    With `onward` the same pass replaces `hidden` by the block's output.
+    """
     sums = InputSums(decoder.block_linears(index))
     modules = {
         group: block.get_submodule(decoder.local_name(spec)) for group, spec in sums.specs.items()
     }
     for rows in chunks(*hidden.shape[:2]):
-        with catching_inputs(modules, stop=True) as caught:
-            decoder.run(index, block, hidden[rows])
+        with catching_inputs(modules, stop=not onward) as caught:
+            output = decoder.run(index, block, hidden[rows])
         for group, inputs in caught.items():
             sums.add(sums.specs[group], inputs)
+        if onward:
+            hidden[rows] = output
     return sums.results()
 
 

@@ -65,6 +65,12 @@ def test_costs_fall_with_bits(name, measurements):
 
 
 @every_metric
+def test_a_menu_of_16_bits_alone_costs_nothing(metric, decoder, tokens):
+    costs = metric(decoder, tokens[:2], (QuantScheme(16),), rtn).costs
+    assert costs.shape == (len(decoder.linears), 1) and not costs.any()
+
+
+@every_metric
 def test_the_order_of_the_samples_does_not_matter(metric, decoder, tokens, measurements):
     name = next(name for name, entry in METRICS.items() if entry is metric)
     shuffled = metric(decoder, tokens[torch.randperm(len(tokens))], SCHEMES, rtn).costs

@@ -52,6 +52,8 @@ def test_more_group_sizes_make_a_finer_menu_whose_steps_only_grow(tmp_path):
         ("expand = 1.5", "expand"),
         ("importance_floor = 2", "importance_floor=2"),
         ('importance_floor = "low"', "recipe"),
+        ("guided = -1", "guided=-1 must be at least 0"),
+        ("guided = 0.5", "guided must be a whole number"),
         ("polish = -1", "polish=-1 must be at least 0"),
         ("polish = 1.5", "polish must be a whole number"),
         ("polish = 9\nn_samples = 1", "polish needs n_samples of at least 2, not 1"),
@@ -85,6 +87,12 @@ def test_a_recipe_says_how_tokens_are_weighted():
     assert rounding.weighting.score.keywords == {"last": 0.25}
     with pytest.raises(LwquantError, match="unknown token_importance 'magic'; there are .*none"):
         Recipe(token_importance="magic").rounding()
+
+
+def test_tokens_are_weighted_by_gradients_or_by_an_importance_not_both():
+    assert Recipe().rounding().guided == 0 and Recipe(guided=4).rounding().guided == 4
+    with pytest.raises(LwquantError, match="guided=4 and a token_importance both"):
+        Recipe(guided=4, token_importance="positions").rounding()
 
 
 def test_corrections_fit_the_quantizer():

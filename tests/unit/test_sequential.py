@@ -9,6 +9,7 @@ import torch
 from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
+from lwquant.capture.tokens import shifted_around
 from lwquant.corrections import error_propagation
 from lwquant.errors import RoundingError
 from lwquant.importance import TokenWeighting, attention_concentration, positions
@@ -16,7 +17,8 @@ from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.quantizers import gptq, rtn
-from lwquant.sequential import Streams, quantize_blocks
+from lwquant.sequential import quantize_blocks
+from lwquant.streams import Streams
 from lwquant.types import QuantizedWeight, QuantScheme
 
 SCHEME = QuantScheme(3, 32)
@@ -25,7 +27,7 @@ N = 3  # of 6 windows, in chunks of two
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr("lwquant.sequential.TOKENS_PER_RUN", 80)
+    monkeypatch.setattr("lwquant.streams.TOKENS_PER_RUN", 80)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +182,7 @@ def test_the_residual_of_other_wirings_is_the_rest_of_the_blocks_output(
 def test_repairing_the_residual_stream_lowers_the_error_on_other_text(
     decoder, tiny_tokenizer, heldout_text, monkeypatch
 ):
-    monkeypatch.setattr("lwquant.sequential.TOKENS_PER_RUN", 2048)
+    monkeypatch.setattr("lwquant.streams.TOKENS_PER_RUN", 2048)
     ids = tiny_tokenizer(heldout_text, add_special_tokens=False)["input_ids"]
     windows = torch.tensor(ids[: 110 * 64]).view(110, 64)
     schemes = {spec.name: SCHEME for spec in decoder.linears}
@@ -257,6 +259,32 @@ def test_token_weights_enter_all_sums_of_a_block_alike(decoder, model, tokens, c
             missed = (stats.owed - owed.T @ (weights * inputs)).norm()
             assert missed < 1e-3 * (owed.norm() * (weights * inputs).norm() + 1e-6)
         put(changed, result)
+
+
+def test_shifted_copies_of_a_window_stay_in_its_half(decoder, model, tokens):
+    every = shifted_around(tokens[:3], 2)
+    streams = Streams.start(decoder, torch.cat([every, tokens[3:]]), n_calibration=6, copies=2)
+    schemes, seen = {spec.name: SCHEME for spec in decoder.linears}, []
+
+    def spy(weight, stats, scheme):
+        seen.append(stats)
+        return rtn(weight, stats, scheme)
+
+    first = next(quantize_blocks(decoder, streams, schemes, spy, records="owed")).spec
+    # Windows in chunks of two: the first of two, and the first half of the last one.
+    known = {(0, place) for place in range(40)} | {(2, place) for place in range(20)}
+    chosen = [
+        (window, (place - shift) % 40) in known
+        for shift in (0, 20)
+        for window in range(3)
+        for place in range(40)
+    ]
+    inputs = run(model, every, first.name)
+    half = inputs[torch.tensor(chosen)]
+    scale = inputs.square().sum().item()
+    assert seen[0].half.n_tokens == 120 and seen[0].n_tokens == 240
+    assert (seen[0].half.hessian - half.T @ half).abs().max() < 1e-5 * scale
+    assert (seen[0].hessian - inputs.T @ inputs).abs().max() < 1e-5 * scale
 
 
 def test_a_setting_that_no_importance_takes_is_named_with_the_block(decoder, tokens):

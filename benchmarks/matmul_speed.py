@@ -4,7 +4,7 @@ Every candidate is checked against a float64 product before it is timed. Rounds 
 and each call takes the next of a pool of weights larger than the L3 cache, as a model would.
 Compare only inside one table.
 
-    python benchmarks/kernels.py [--tokens 1,8,512] [--threads N] [--isa NAME] [--json FILE]
+    python benchmarks/matmul_speed.py [--tokens 1,8,512] [--threads N] [--isa NAME] [--json FILE]
 """
 
 from __future__ import annotations
