@@ -14,7 +14,7 @@ from lwquant.allocators import ALLOCATORS
 from lwquant.corrections import CORRECTIONS
 from lwquant.errors import LwquantError
 from lwquant.importance import IMPORTANCES, TokenWeighting
-from lwquant.quantizers import QUANTIZERS
+from lwquant.quantizers import QUANTIZERS, Quantizer
 from lwquant.sensitivity import METRICS
 from lwquant.transforms import TRANSFORMS
 from lwquant.types import QuantScheme, Records
@@ -95,6 +95,10 @@ class Recipe:
         plain = rounding_of(self.quantizer, self.correction)
         weighting = weighting_of(self.token_importance, self.importance_floor)
         return replace(plain, weighting=weighting, polish=self.polish)
+
+    def cost_quantizer(self) -> Quantizer:
+        """The quantizer as costs are measured with it: without any correction."""
+        return rounding_of(self.quantizer, "none").quantizer
 
     def changed(self, **settings: Any) -> Recipe:
         """A copy with those settings that are not None."""

@@ -21,7 +21,6 @@ from lwquant.recipe import (
     allocator_of,
     load_recipe,
     metric_of,
-    rounding_of,
     transform_of,
 )
 from lwquant.sensitivity.report import measure_sensitivity, read_report
@@ -98,7 +97,7 @@ def measure(
         few_windows(windows, recipe),
         recipe.schemes(),
         metric_of(recipe.metric),
-        rounding_of(recipe.quantizer, "none").quantizer,
+        recipe.cost_quantizer(),
         model=opened.name,
         progress=progress,
     )
