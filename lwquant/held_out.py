@@ -50,6 +50,7 @@ def quantize_with(
         records=rounding.records,
         weighting=rounding.weighting,
         polish=rounding.polish,
+        unclipped_qk=rounding.unclipped_qk,
         progress=progress,
     )
 

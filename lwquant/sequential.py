@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lwquant.capture.stats import StatsAccumulator
 from lwquant.corrections import Correction
 from lwquant.errors import LwquantError, RoundingError
 from lwquant.importance import BlockView, TokenWeighting
+from lwquant.massive_channels import ROLES, check_roles, massive_rows
 from lwquant.model.attention import attention_probabilities
 from lwquant.model.decoder import Decoder
 from lwquant.model.replay import Ending, Replay, endings
@@ -74,6 +76,7 @@ def quantize_blocks(
     records: Records | None = None,
     weighting: TokenWeighting | None = None,
     polish: int = 0,
+    unclipped_qk: float = 0.0,
     progress: Progress = silent,
 ) -> Iterator[QuantizedLinearResult]:
     """Quantize every linear in forward order; yields those of a block when the block is done.
@@ -84,8 +87,10 @@ def quantize_blocks(
     propagation reads, "all" (the default where there is a correction) for every linear's drift too.
     `weighting` says how much each calibration token counts in a block's statistics (default: all
     the same). `polish` steps of learned rounding bring each block's output closer to the float
-    model's; see block_tuning.py.
+    model's; see block_tuning.py. The share `unclipped_qk` of the rows of queries and keys, those of
+    the largest outputs, keep their full range; the quantizer must know how.
     """
+    check_roles(decoder.linears, unclipped_qk)
     records = records or ("inputs" if correction is None else "all")
     for index in range(decoder.n_blocks):
         with decoder.loaded(index) as block:
@@ -100,6 +105,7 @@ def quantize_blocks(
                 records,
                 weighting,
                 polish,
+                unclipped_qk,
                 progress,
             )
     progress("quantize", "done", decoder.n_blocks, decoder.n_blocks)
@@ -116,6 +122,7 @@ def _quantize_block(
     records: Records,
     weighting: TokenWeighting | None,
     polish: int,
+    unclipped_qk: float,
     progress: Progress,
 ) -> Iterator[QuantizedLinearResult]:
     groups: dict[int, list[LinearSpec]] = {}
@@ -152,7 +159,12 @@ def _quantize_block(
                 done[spec] = get_weight(module)
                 continue
             progress("quantize", spec.name, index, decoder.n_blocks)
-            done[spec] = _quantize_one(spec, module, stats, schemes, quantizer, correction)
+            rounding = quantizer
+            if unclipped_qk and spec.role in ROLES:
+                spared = massive_rows(get_weight(module), stats, unclipped_qk)
+                settable = cast(Callable[..., QuantizedWeight], quantizer)
+                rounding = partial(settable, unclipped=spared)
+            done[spec] = _quantize_one(spec, module, stats, schemes, rounding, correction)
     linears = {s.name: one for s, one in done.items() if isinstance(one, RoundedLinear)}
     learned: Mapping[str, QuantizedWeight] = {}
     if polish and linears:
