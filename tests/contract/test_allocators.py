@@ -260,6 +260,15 @@ def test_spikes_protects_the_costliest_rows_within_the_budget():
     assert 0 < sum(c == 0 for c in choice) < 6  # a few pay, the rest stays
 
 
+def test_spikes_is_uniform_where_those_who_pay_would_be_too_slow():
+    problem = problem_of(make_report())
+    times = np.tile([9.0, 3.0, 20.0, 20.0], (12, 1))  # of all widths, three bits are the fastest
+    plain = [1] * 12
+    timed_out = replace(problem, times=times, max_time=36.0)
+    assert spikes(timed_out, problem.size_of(plain)) == plain
+    assert spikes(problem, problem.size_of(plain)) != plain
+
+
 def test_a_plan_that_cannot_beat_uniform_is_uniform_and_says_so():
     report = make_report()
     flat = SensitivityReport(
