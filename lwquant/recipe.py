@@ -15,7 +15,7 @@ from lwquant.corrections import CORRECTIONS
 from lwquant.decode_times import BENCHMARK, DecodeTimes, read_decode_times
 from lwquant.errors import LwquantError
 from lwquant.importance import IMPORTANCES, TokenWeighting
-from lwquant.quantizers import QUANTIZERS, Quantizer
+from lwquant.quantizers import QUANTIZERS, Quantizer, without_descent
 from lwquant.sensitivity import METRICS
 from lwquant.transforms import TRANSFORMS
 from lwquant.types import QuantScheme, Records
@@ -126,8 +126,8 @@ class Recipe:
         return read_decode_times(Path(known)) if isinstance(known, str | Path) else known
 
     def cost_quantizer(self) -> Quantizer:
-        """The quantizer as costs are measured with it: without any correction."""
-        return rounding_of(self.quantizer, "none").quantizer
+        """What costs are measured with; LwquantError for an unknown name."""
+        return without_descent(rounding_of(self.quantizer, "none").quantizer)
 
     def changed(self, **settings: Any) -> Recipe:
         """A copy with those settings that are not None."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 
-import torch
 from shared import LINEAR, hand_back, own_logits, read_job
 from transformers import AutoModelForCausalLM
 
@@ -33,7 +32,8 @@ def main() -> None:
         bpw = stored / sum(linear.weight.numel() for linear in linears)
         # A uniform plan needs no costs; the cheapest metric fills the report.
         settings |= {"allocator": "uniform", "correction": "none", "metric": "outlier_count"}
-        settings |= {"group_size": wanted["group_size"], "tune": 0}
+        settings |= {"quantizer": "gptq", "group_size": wanted["group_size"]}
+        settings |= {"polish": 0, "tune": 0}
     folder = job.output / "saved"
     start = job.seconds()
     lwquant.quantize(job.model, bpw=bpw, output=folder, **settings)
@@ -60,5 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lwquant.quantizers.gptq import gptq
 from lwquant.quantizers.hqq import hqq
-from lwquant.quantizers.quantease import quantease
+from lwquant.quantizers.quantease import quantease, without_descent
 from lwquant.quantizers.rtn import rtn
 from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
 
@@ -21,4 +21,4 @@ Quantizer = Callable[[Tensor, LayerStats, QuantScheme], QuantizedWeight]
 
 QUANTIZERS = {"rtn": rtn, "gptq": gptq, "quantease": quantease, "hqq": hqq}
 
-__all__ = ["QUANTIZERS", "Quantizer", "gptq", "hqq", "quantease", "rtn"]
+__all__ = ["QUANTIZERS", "Quantizer", "gptq", "hqq", "quantease", "rtn", "without_descent"]
