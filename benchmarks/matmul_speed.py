@@ -5,6 +5,9 @@ and each call takes the next of a pool of weights larger than the L3 cache, as a
 Compare only inside one table.
 
     python benchmarks/matmul_speed.py [--tokens 1,8,512] [--threads N] [--isa NAME] [--json FILE]
+    python benchmarks/matmul_speed.py --tokens 1 --scale-bits 8 --shapes 576x576 --write FILE
+
+The second makes a table of decode times for `lwquant quantize --decode-times FILE`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lwquant import ops
-from lwquant.types import WIDTHS, row_words
+from lwquant.decode_times import Shape, parse_shape, shape_label, write_decode_times
+from lwquant.ops.scale_bytes import encode_scales
+from lwquant.quantizers.grid import storable_scale
+from lwquant.types import SCALE_BITS, WIDTHS, QuantScheme, row_words
 
 SHAPES = ((4096, 4096), (576, 1536))  # (out_features, in_features)
 POOL_BYTES = 64 * 2**20  # twice the L3 cache of the machine this was written on
@@ -41,6 +47,7 @@ class Candidate:
     """One way to multiply, and its pool of weights."""
 
     name: str
+    label: str  # of its scheme
     weight_bytes: int
     calls: list[Call]
     dense: Tensor  # (out_features, in_features): the weight of calls[0]
@@ -54,6 +61,7 @@ class Row:
     in_features: int
     tokens: int
     name: str
+    label: str
     best: float
     median: float
     gb_per_s: float  # of packed weight, at the best time
@@ -67,22 +75,26 @@ def bf16_candidate(out_features: int, in_features: int) -> Candidate:
     size = 2 * out_features * in_features
     weights = [torch.randn(out_features, in_features).bfloat16() for _ in range(pool_size(size))]
     calls: list[Call] = [lambda x, w=w: F.linear(x, w) for w in weights]  # type: ignore[misc]
-    return Candidate("bf16", size, calls, weights[0])
+    return Candidate("bf16", QuantScheme(16).label, size, calls, weights[0])
 
 
-def packed_candidate(out_features: int, in_features: int, bits: int, group_size: int) -> Candidate:
+def packed_candidate(out_features: int, in_features: int, scheme: QuantScheme) -> Candidate:
     """Random words are valid codes at every width."""
-    n_groups = -(-in_features // group_size)
+    n_groups, bits, group_size = scheme.n_groups(in_features), scheme.bits, scheme.group_size
     code_words, zero_words = row_words(in_features, bits), row_words(out_features, bits)
-    size = 4 * out_features * code_words + 2 * out_features * n_groups + 4 * n_groups * zero_words
+    size = scheme.stored_bits(out_features, in_features) // 8
 
     def words(rows: int, columns: int) -> Tensor:
         return torch.randint(-(2**31), 2**31, (rows, columns)).to(torch.int32)
 
+    def scales() -> Tensor:
+        drawn = storable_scale(torch.rand(out_features, n_groups) + 0.5, scheme).half()
+        return encode_scales(drawn) if scheme.scale_bits == 8 else drawn
+
     layers = [
         (
             words(out_features, code_words),
-            (torch.rand(out_features, n_groups) + 0.5).half(),
+            scales(),
             words(n_groups, zero_words),
         )
         for _ in range(pool_size(size))
@@ -92,7 +104,7 @@ def packed_candidate(out_features: int, in_features: int, bits: int, group_size:
         for layer in layers
     ]
     dense = ops.dequantize(*layers[0], bits, group_size, in_features)
-    return Candidate(f"{bits} bits", size, calls, dense)
+    return Candidate(f"{bits} bits", scheme.label, size, calls, dense)
 
 
 def check(candidate: Candidate, x: Tensor) -> None:
@@ -118,11 +130,13 @@ def time_all(candidates: list[Candidate], x: Tensor, rounds: int) -> list[list[f
     return times
 
 
-def measure(tokens: list[int], group_size: int, rounds: int) -> list[Row]:
+def measure(
+    shapes: Sequence[Shape], tokens: list[int], schemes: Sequence[QuantScheme], rounds: int
+) -> list[Row]:
     rows = []
-    for out_features, in_features in SHAPES:
+    for out_features, in_features in shapes:
         candidates = [bf16_candidate(out_features, in_features)] + [
-            packed_candidate(out_features, in_features, bits, group_size) for bits in WIDTHS
+            packed_candidate(out_features, in_features, scheme) for scheme in schemes
         ]
         for n_tokens in tokens:
             x = torch.randn(n_tokens, in_features).bfloat16()
@@ -132,7 +146,8 @@ def measure(tokens: list[int], group_size: int, rounds: int) -> list[Row]:
                 best = min(times)
                 rate = candidate.weight_bytes / best / 1e9
                 row = (best * 1e6, statistics.median(times) * 1e6, rate)
-                rows.append(Row(out_features, in_features, n_tokens, candidate.name, *row))
+                names = candidate.name, candidate.label
+                rows.append(Row(out_features, in_features, n_tokens, *names, *row))
     return rows
 
 
@@ -168,23 +183,44 @@ def print_table(rows: list[Row]) -> None:
         )
 
 
+def write_times(rows: list[Row], about: dict[str, object], path: Path) -> None:
+    """The best times at one token, for allocation."""
+    times: dict[Shape, dict[str, float]] = {}
+    for row in rows:
+        if row.tokens == 1:
+            times.setdefault((row.out_features, row.in_features), {})[row.label] = row.best
+    write_decode_times(path, times, about)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the packed matmul beside bf16 F.linear.")
     parser.add_argument("--tokens", default="1,8,512", help="numbers of tokens, comma-separated")
+    shapes = ",".join(shape_label(shape) for shape in SHAPES)
+    parser.add_argument("--shapes", default=shapes, help="outputs x inputs, comma-separated")
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--scale-bits", type=int, default=16, choices=SCALE_BITS)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--isa", default=ops.isa(), help=f"one of {ops.available_isas()}")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--write", type=Path, help="also write a table of decode times here")
     arguments = parser.parse_args()
+    tokens = [int(n) for n in arguments.tokens.split(",")]
+    if arguments.write and 1 not in tokens:
+        parser.error("--write needs times at one token: add 1 to --tokens")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     ops.set_isa(arguments.isa)
     about = machine()
     print("  ".join(f"{key}={value}" for key, value in about.items()))
-    tokens = [int(n) for n in arguments.tokens.split(",")]
-    rows = measure(tokens, arguments.group_size, arguments.rounds)
+    schemes = [
+        QuantScheme(bits, arguments.group_size, scale_bits=arguments.scale_bits) for bits in WIDTHS
+    ]
+    wanted = [parse_shape(label) for label in arguments.shapes.split(",")]
+    rows = measure(wanted, tokens, schemes, arguments.rounds)
     print_table(rows)
+    if arguments.write:
+        write_times(rows, about, arguments.write)
     if arguments.json:
         result = {"machine": about, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

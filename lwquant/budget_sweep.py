@@ -10,12 +10,11 @@ from lwquant.allocators.plan import uniform_plan
 from lwquant.evaluation.plot import plot_agreement, plot_sweep
 from lwquant.export.folder import check_output, new_folder, write_manifest
 from lwquant.matmul import fast_float32
-from lwquant.measured_plans import MeasuredPlan, measure_plans, tested_windows, write_rows
-from lwquant.prepare import OpenModel, open_model, prepare_tokens
+from lwquant.measured_plans import MeasuredPlan, bench_for, measure_plans, write_rows
+from lwquant.prepare import OpenModel, open_model
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import Recipe, transform_of
-from lwquant.sensitivity.report import write_report
-from lwquant.stages import check_budget, measure, merged, plan_report
+from lwquant.stages import check_budget, merged, plan_report
 from lwquant.types import BitPlan
 
 
@@ -49,19 +48,18 @@ def sweep(
     progress = progress or StderrProgress()
     chosen, texts = merged(recipe, calibration, settings)
     rounding = chosen.rounding()
-    chosen.refuse_replanning("is for one budget: quantize to each instead of a sweep")
+    chosen.refuse_replanning(
+        "is for one budget: quantize to each instead of a sweep", "max_decode_us"
+    )
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:
         opened = open_model(model, device, revision, transform_of(chosen.transform))
         for budget in bpw:
             check_budget(opened, chosen, budget)
-        drawn = prepare_tokens(opened, chosen, texts, progress)
-        tested = tested_windows(opened, drawn, text, windows)
-        report = measure(opened, drawn.calibration, chosen, progress)
-        write_report(report, folder / "sensitivity.json")
-        plans = [("mixed", plan_report(report, budget, recipe=chosen)) for budget in sorted(bpw)]
+        bench = bench_for(opened, chosen, texts, folder, progress, text=text, n_windows=windows)
+        plans = [("mixed", plan_report(bench.report, b, recipe=chosen)) for b in sorted(bpw)]
         plans += [("uniform", plan) for plan in _uniform_plans(opened, chosen, min(bpw), max(bpw))]
-        rows = measure_plans(opened, report, plans, rounding, drawn, tested, folder, progress)
+        rows = measure_plans(bench, plans, rounding, progress)
         write_rows(rows, folder / "sweep.csv")
         plot_agreement(rows, folder / "agreement.png", model=opened.name)
         plot_sweep(rows, folder / "sweep.png", model=opened.name, text=str(text or "held-out"))

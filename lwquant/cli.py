@@ -51,6 +51,12 @@ Device = Annotated[str, typer.Option(help="Where to compute, e.g. cpu or cuda.")
 Seed = Annotated[int | None, typer.Option(help="Seed of the calibration windows.")]
 GroupSize = Annotated[int | None, typer.Option(help="Inputs that share a scale.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier result of lwquant.")]
+DecodeTimes = Annotated[
+    Path | None, typer.Option(help="Times of single linears, from the kernel benchmark's --write.")
+]
+MaxDecodeUs = Annotated[
+    float | None, typer.Option(help="Microseconds per decoded token for all linears, at most.")
+]
 Bpw = Annotated[float | None, typer.Option(help="Bits per weight of the linears, all counted.")]
 
 
@@ -61,6 +67,8 @@ def quantize(
     bpw: Bpw = None,
     size: Annotated[str | None, typer.Option(help="Size of all weight files, e.g. 80MB.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Largest KL, in nats per token.")] = None,
+    max_decode_us: MaxDecodeUs = None,
+    decode_times: DecodeTimes = None,
     plan: Annotated[Path | None, typer.Option(help="Plan JSON; skips planning.")] = None,
     report: Annotated[Path | None, typer.Option(help="Sensitivity JSON; skips measuring.")] = None,
     transform: Transform = None,
@@ -76,6 +84,10 @@ def quantize(
     tie_fused: Annotated[
         bool, typer.Option(help="Same width for q/k/v and for gate/up, as vLLM needs.")
     ] = False,
+    unclipped_qk: Annotated[
+        float | None,
+        typer.Option(help="Share of q and k rows whose range is not clipped, e.g. 0.02."),
+    ] = None,
     polish: Annotated[
         int | None, typer.Option(help="Steps of learned rounding per block, e.g. 100.")
     ] = None,
@@ -84,6 +96,9 @@ def quantize(
     ] = None,
     remeasure: Annotated[
         int | None, typer.Option(help="Rounds of measuring costs again around the plan.")
+    ] = None,
+    pair_terms: Annotated[
+        int | None, typer.Option(help="Measured plans to fit terms of pairs on, e.g. 100.")
     ] = None,
     local_search: Annotated[
         int | None, typer.Option(help="Measured moves to improve the plan by.")
@@ -117,10 +132,14 @@ def quantize(
         seed=seed,
         tie_fused=tie_fused or None,
         effort=effort,
+        unclipped_qk=unclipped_qk,
         polish=polish,
         tune=tune,
         remeasure=remeasure,
+        pair_terms=pair_terms,
         local_search=local_search,
+        max_decode_us=max_decode_us,
+        decode_times=decode_times,
     )
     if as_json:
         _print_json(
@@ -173,6 +192,8 @@ def plan(
     report: Annotated[Path, typer.Argument(help="JSON of `lwquant sensitivity`.")],
     bpw: Annotated[float, typer.Option(help="Bits per weight of the linears, all counted.")],
     output: Output,
+    max_decode_us: MaxDecodeUs = None,
+    decode_times: DecodeTimes = None,
     allocator: Allocator = None,
     recipe: RecipeName = "default",
     tie_fused: Annotated[bool, typer.Option(help="Same width for q/k/v and for gate/up.")] = False,
@@ -180,7 +201,13 @@ def plan(
     """Choose a width for every linear within a budget, and write it as JSON."""
     _check_new_file(output)
     made = lwquant.plan(
-        report, bpw=bpw, recipe=recipe, allocator=allocator, tie_fused=tie_fused or None
+        report,
+        bpw=bpw,
+        recipe=recipe,
+        allocator=allocator,
+        tie_fused=tie_fused or None,
+        max_decode_us=max_decode_us,
+        decode_times=decode_times,
     )
     write_plan(made, output)
     tables.print_plan(made)

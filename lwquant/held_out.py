@@ -57,6 +57,7 @@ def quantize_with(
         weighting=rounding.weighting,
         guidance=guided,
         polish=rounding.polish,
+        unclipped_qk=rounding.unclipped_qk,
         progress=progress,
     )
 

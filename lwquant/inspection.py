@@ -23,6 +23,8 @@ class Inspection:
         return {
             "bpw": self.record.bpw,
             "size_bytes": self.record.size_bytes,
+            "decode_bytes": self.record.decode_bytes,
+            "decode_us": self.record.decode_us,
             "base_model": self.record.base_model,
             "metric": dict(self.record.metric),
             "notes": list(self.record.notes),

@@ -16,18 +16,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lwquant.allocators import spikes
-from lwquant.allocators.plan import plan_of
-from lwquant.allocators.problem import Array, Problem
+from lwquant.allocators.plan import choice_of, plan_of
+from lwquant.allocators.problem import Array, Problem, menus_of, neighbours
 from lwquant.best_plan import best_plan
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.recipe import Recipe
-from lwquant.stages import few_windows, plan_report, problem_for
-from lwquant.swapped_model import SwappedModel, quantize_apart
+from lwquant.stages import few_windows, plans_of_others, problem_for
+from lwquant.swapped_model import SEARCH_WINDOWS, SwappedModel, quantize_apart
 from lwquant.types import BitPlan, QuantScheme, SensitivityReport
 
-SEARCH_WINDOWS = 16  # the last calibration windows; the metric looks at the first
 OPTIMISM = 0.5
 
 
@@ -68,9 +66,8 @@ def searched_plan(
     candidates = {
         "local search": plan_of(problem, search.choice, report.linears, allocator, start.notes),
         "the plan it started from": start,
-        "uniform": plan_report(report, bpw, recipe=recipe.changed(allocator="uniform")),
-        "spikes": plan_report(report, bpw, recipe=recipe.changed(allocator=spikes)),
     }
+    candidates |= plans_of_others(report, bpw, recipe, ("uniform", "spikes"))
     best, note = best_plan(opened, candidates, recipe.rounding(), windows, progress)
     found = (
         f"local search: {sum(kept)} of {len(kept)} measured moves kept, KL {before:.4f} to "
@@ -100,22 +97,18 @@ class Search:
     def __init__(self, problem: Problem, choice: list[int], budget: int) -> None:
         """
         Args:
-            choice: column of each row, of at most `budget` stored bits.
+            choice: column of each row, of at most `budget` stored bits, within the time limit.
         """
         self.problem = problem
         self.choice = list(choice)
         self.budget = budget
         self._costs = problem.costs.copy()
         self._tried: set[Move] = set()
-        self._near = [_neighbours(problem, row, column) for row, column in enumerate(choice)]
+        self._near = [neighbours(problem, row, column) for row, column in enumerate(choice)]
 
     def menus(self) -> dict[str, set[QuantScheme]]:
         """The schemes that each linear may have during the search."""
-        return {
-            name: {self.problem.schemes[column] for column in near}
-            for names, near in zip(self.problem.names, self._near, strict=True)
-            for name in names
-        }
+        return menus_of(self.problem, self._near)
 
     def scale_costs(self, measured: float) -> None:
         """Bring the costs to nats: the plan's sum becomes its measured KL."""
@@ -146,9 +139,15 @@ class Search:
             move = Move(
                 up, int(wider[up]), down if paid else None, int(narrower[down]) if paid else None
             )
-            if move not in self._tried:
+            if move not in self._tried and self.problem.in_time(self._after(move)):
                 return move
         return None
+
+    def _after(self, move: Move) -> list[int]:
+        choice = list(self.choice)
+        for row, column in move.columns().items():
+            choice[row] = column
+        return choice
 
     def schemes_of(self, move: Move) -> dict[str, QuantScheme]:
         return {
@@ -168,8 +167,7 @@ class Search:
             self._costs[row, column] += (change - predicted) / len(columns)
         self._tried.add(move)
         if kept:
-            for row, column in columns.items():
-                self.choice[row] = column
+            self.choice = self._after(move)
 
     def _beside(self, step: int) -> Array:
         """The next wider (1) or narrower (-1) column of each row, -1 where there is none."""
@@ -178,19 +176,3 @@ class Search:
             place = near.index(column) + step
             found.append(near[place] if 0 <= place < len(near) else -1)
         return np.array(found)
-
-
-def choice_of(problem: Problem, plan: BitPlan) -> list[int]:
-    """The column of each row that the plan has chosen."""
-    return [problem.schemes.index(plan.schemes[names[0]]) for names in problem.names]
-
-
-def _neighbours(problem: Problem, row: int, column: int) -> list[int]:
-    """The allowed columns next to `column` by size, and itself, from narrow to wide."""
-    sizes, allowed = problem.sizes[row], problem.allowed()[row]
-    columns = [c for c in range(len(sizes)) if allowed[c]]
-    below = [c for c in columns if sizes[c] < sizes[column]]
-    above = [c for c in columns if sizes[c] > sizes[column]]
-    narrower = [max(below, key=lambda c: sizes[c])] if below else []
-    wider = [min(above, key=lambda c: sizes[c])] if above else []
-    return [*narrower, column, *wider]

@@ -15,9 +15,12 @@ from lwquant.capture.text import read_text_file
 from lwquant.capture.tokens import tokenize
 from lwquant.evaluation.windows import evenly_spread_windows
 from lwquant.held_out import measure_on
-from lwquant.prepare import OpenModel, Windows
+from lwquant.massive_channels import check_roles
+from lwquant.prepare import OpenModel, Windows, prepare_tokens
 from lwquant.progress import Progress
-from lwquant.recipe import Rounding
+from lwquant.recipe import Recipe, Rounding
+from lwquant.sensitivity.report import write_report
+from lwquant.stages import measure
 from lwquant.types import BitPlan, SensitivityReport
 
 
@@ -36,30 +39,53 @@ class MeasuredPlan:
     predicted_cost: float  # sum of the metric's costs of the plan's choices; KL in nats for some
 
 
-def tested_windows(
-    opened: OpenModel, windows: Windows, text: str | Path | None, n_windows: int
-) -> Tensor:
-    """What to measure on: `n_windows` of a text file, evenly spread, or the held-out windows."""
-    if text is None:
-        return windows.held_out
-    tokens = tokenize(read_text_file(Path(text)), opened.tokenizer)
-    return evenly_spread_windows(tokens, windows.held_out.shape[1], n_windows)
+@dataclass(frozen=True)
+class Bench:
+    """A model whose costs are known, ready to measure plans of it, and the folder for results."""
+
+    opened: OpenModel
+    report: SensitivityReport
+    windows: Windows
+    tested: Tensor  # windows (n, seq_len) that plans are measured on
+    folder: Path
+
+
+def bench_for(
+    opened: OpenModel,
+    recipe: Recipe,
+    texts: Sequence[str] | None,
+    folder: Path,
+    progress: Progress,
+    *,
+    text: str | Path | None,
+    n_windows: int,
+) -> Bench:
+    """Draw the windows, measure the costs and write them into `folder`.
+
+    Args:
+        texts: to calibrate on instead of the recipe's sources.
+        text: file to measure plans on, in `n_windows` evenly spread windows; the held-out windows
+            where it is None.
+    """
+    check_roles(opened.decoder.linears, recipe.unclipped_qk)
+    windows = prepare_tokens(opened, recipe, texts, progress)
+    tested = windows.held_out
+    if text is not None:
+        tokens = tokenize(read_text_file(Path(text)), opened.tokenizer)
+        tested = evenly_spread_windows(tokens, recipe.seq_len, n_windows)
+    report = measure(opened, windows.calibration, recipe, progress)
+    write_report(report, folder / "sensitivity.json")
+    return Bench(opened, report, windows, tested, folder)
 
 
 def measure_plans(
-    opened: OpenModel,
-    report: SensitivityReport,
-    plans: Sequence[tuple[str, BitPlan]],
-    rounding: Rounding,
-    windows: Windows,
-    tested: Tensor,
-    folder: Path,
-    progress: Progress,
+    bench: Bench, plans: Sequence[tuple[str, BitPlan]], rounding: Rounding, progress: Progress
 ) -> list[MeasuredPlan]:
-    """Quantize with each (series, plan), write the plan into `folder`, and measure on `tested`."""
+    """Quantize with each (series, plan), write the plan into the folder, and measure."""
+    opened, windows, tested = bench.opened, bench.windows, bench.tested
     rows = []
     for series, plan in plans:
-        write_plan(plan, folder / f"plan-{series}-{plan.bpw:.3f}.json")
+        write_plan(plan, bench.folder / f"plan-{series}-{plan.bpw:.3f}.json")
         quality = measure_on(opened, plan, rounding, windows, progress, tested=tested)
         rows.append(
             MeasuredPlan(
@@ -71,7 +97,7 @@ def measure_plans(
                 quality.kl_divergence,
                 quality.top1_agreement,
                 quality.tokens,
-                predicted_cost(report, plan),
+                predicted_cost(bench.report, plan),
             )
         )
     return rows

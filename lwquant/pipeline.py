@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from lwquant.export.save import ModelWriter
 from lwquant.guidance import check_row_groups
 from lwquant.held_out import Quality, measure_on
 from lwquant.local_search import searched_plan
+from lwquant.massive_channels import check_roles
 from lwquant.matmul import fast_float32
 from lwquant.methods import describe
+from lwquant.pair_terms import paired_plan
 from lwquant.prepare import OpenModel, Windows, bpw_of_size, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import Recipe, Rounding, allocator_of, metric_of, transform_of
@@ -39,8 +41,15 @@ from lwquant.remeasure import remeasured_plan
 from lwquant.search import smallest_plan
 from lwquant.sensitivity.report import read_report, write_report
 from lwquant.sequential import QuantizedLinearResult
-from lwquant.stages import check_budget, check_report, measure, merged, plan_report
-from lwquant.types import BitPlan, QuantizedWeight, SensitivityReport
+from lwquant.stages import (
+    check_budget,
+    check_report,
+    check_times,
+    measure,
+    merged,
+    plan_report,
+)
+from lwquant.types import BitPlan, QuantizedWeight, SensitivityReport, plan_bytes
 
 SENSITIVITY_FILE, PLAN_FILE = "sensitivity.json", "plan.json"
 
@@ -94,7 +103,9 @@ def quantize(
         plan, report: a result of an earlier stage, perhaps edited, which is then not made again.
         recipe: name or .toml file of the remaining settings; see Recipe.
         calibration: a source ("builtin", "self", a text file, "datasets:NAME") or a list of texts.
-        settings: single settings of the recipe, e.g. metric="measured_kl", group_size=128.
+        settings: single settings of the recipe, e.g. metric="measured_kl", group_size=128, or
+            max_decode_us=900, decode_times="times.json" for a limit on decode time beside the
+            budget.
 
     Raises LwquantError with what is wrong and which limit it broke; nothing is left in `output`.
     """
@@ -104,13 +115,20 @@ def quantize(
     transform = transform_of(chosen.transform)
     metric_of(chosen.metric), allocator_of(chosen.allocator)  # unknown names fail here, not later
     budget = _one_budget(bpw, size, max_kl, plan)
+    if chosen.max_decode_us is not None:
+        budget["max_decode_us"] = chosen.max_decode_us
     if plan is not None or max_kl is not None:
-        chosen.refuse_replanning("needs a budget in bpw or size, not a plan or max_kl")
+        chosen.refuse_replanning(
+            "needs a budget in bpw or size, not a plan or max_kl", "max_decode_us"
+        )
     check_output(output, overwrite)
     with fast_float32():
         opened = open_model(model, device, revision, transform)
+        check_roles(opened.decoder.linears, rounding.unclipped_qk)
         target = bpw_of_size(opened, size) if size is not None else bpw
-        given = _given_plan(plan, opened)
+        given = _given_plan(plan, opened, chosen)
+        if given is None:
+            check_times(opened, chosen)
         known = read_report(Path(report)) if isinstance(report, str | Path) else report
         check_report(known, opened)
         check_row_groups(opened.decoder, rounding.guided)
@@ -128,6 +146,8 @@ def quantize(
             else:
                 assert max_kl is not None
                 given = smallest_plan(opened, known, plan_at, rounding, windows, max_kl, progress)
+            if target is not None and chosen.pair_terms:
+                given = paired_plan(opened, known, given, target, chosen, windows, progress)
             if target is not None and chosen.local_search:
                 given = searched_plan(opened, known, given, target, chosen, windows, progress)
         return _quantize_and_save(
@@ -162,6 +182,8 @@ def _quantize_and_save(
     notes = [*opened.notes, *plan.notes]
     if rounding.polish:
         notes.append(f"rounding learned block by block, {rounding.polish} steps each")
+    if share := rounding.unclipped_qk:
+        notes.append(f"{share:.1%} of the rows of queries and keys rounded without clipping")
     if len(windows.tuning):
         notes.append(f"scales tuned together on {len(windows.tuning)} further windows")
     if recipe.expand > 1:
@@ -212,6 +234,8 @@ def _quantize_and_save(
                 for name, scheme in plan.schemes.items()
             },
             transform=opened.transform,
+            decode_bytes=plan_bytes(plan.schemes, decoder.linears),
+            decode_us=plan.decode_us,
             notes=tuple(notes),
         )
         (folder / RUN_FILE).write_text(record.to_json(), encoding="utf-8")
@@ -236,12 +260,19 @@ def sixteen_bits(weight: Tensor, opened: OpenModel, name: str) -> Tensor:
     return weight.to(torch.bfloat16 if stored == torch.bfloat16 or overflows else torch.float16)
 
 
-def _given_plan(plan: str | Path | BitPlan | None, opened: OpenModel) -> BitPlan | None:
+def _given_plan(
+    plan: str | Path | BitPlan | None, opened: OpenModel, recipe: Recipe
+) -> BitPlan | None:
+    """The plan, checked, with the decode time that the recipe's table predicts for it."""
+    linears = opened.decoder.linears
     if isinstance(plan, str | Path):
-        return read_plan(Path(plan), opened.decoder.linears)
-    if plan is not None and plan.schemes.keys() != {s.name for s in opened.decoder.linears}:
+        plan = read_plan(Path(plan), linears)
+    elif plan is not None and plan.schemes.keys() != {spec.name for spec in linears}:
         raise PlanError("the plan names other linears than the model has")
-    return plan
+    times = recipe.times()
+    if plan is None or times is None:
+        return plan
+    return replace(plan, decode_us=times.of_plan(plan.schemes, linears))
 
 
 def _one_budget(

@@ -17,12 +17,11 @@ from lwquant.errors import BudgetError
 from lwquant.evaluation.plot import plot_ratio
 from lwquant.export.folder import check_output, new_folder, write_manifest
 from lwquant.matmul import fast_float32
-from lwquant.measured_plans import MeasuredPlan, measure_plans, tested_windows, write_rows
-from lwquant.prepare import open_model, prepare_tokens
+from lwquant.measured_plans import MeasuredPlan, bench_for, measure_plans, write_rows
+from lwquant.prepare import open_model
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import Recipe, transform_of
-from lwquant.sensitivity.report import write_report
-from lwquant.stages import measure, merged
+from lwquant.stages import merged
 from lwquant.types import BitPlan, QuantScheme, SensitivityReport
 
 
@@ -71,20 +70,18 @@ def ratio_curves(
         raise BudgetError(f"shares={list(shares)} must be fractions between 0 and 1")
     chosen = chosen.changed(bits=(low, high), more_group_sizes=())
     rounding = chosen.rounding()
-    chosen.refuse_replanning("is for one budget, not for curves")
+    chosen.refuse_replanning("is for one budget, not for curves", "max_decode_us")
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:
         opened = open_model(model, device, revision, transform_of(chosen.transform))
-        drawn = prepare_tokens(opened, chosen, texts, progress)
-        tested = tested_windows(opened, drawn, text, windows)
-        report = measure(opened, drawn.calibration, chosen, progress)
-        write_report(report, folder / "sensitivity.json")
+        bench = bench_for(opened, chosen, texts, folder, progress, text=text, n_windows=windows)
+        report = bench.report
         plans = [
             (series, plan)
             for share in sorted(set(shares))
             for series, plan in plans_of_share(report, share).items()
         ]
-        measured = measure_plans(opened, report, plans, rounding, drawn, tested, folder, progress)
+        measured = measure_plans(bench, plans, rounding, progress)
         rows = [
             RatioRow(**asdict(row), share=share_of(plan, report, chosen.scheme(low)))
             for row, (_, plan) in zip(measured, plans, strict=True)

@@ -12,12 +12,15 @@ from typing import Any
 
 from lwquant.allocators import ALLOCATORS
 from lwquant.corrections import CORRECTIONS
+from lwquant.decode_times import BENCHMARK, DecodeTimes, read_decode_times
 from lwquant.errors import LwquantError
 from lwquant.importance import IMPORTANCES, TokenWeighting
 from lwquant.quantizers import QUANTIZERS, Quantizer, without_descent
 from lwquant.sensitivity import METRICS
 from lwquant.transforms import TRANSFORMS
 from lwquant.types import QuantScheme, Records
+
+UNCLIPPING = (QUANTIZERS["gptq"], QUANTIZERS["quantease"])  # can spare rows the range search
 
 Method = str | Mapping[str, Any] | Callable[..., Any]
 
@@ -49,17 +52,21 @@ class Recipe:
     more_group_sizes: tuple[int, ...] = ()  # each width is also in the menu with each of these
     symmetric: bool = False
     scale_bits: int = 8  # 16: scales as plain float16
+    unclipped_qk: float = 0.0  # share of q and k rows with full range; see massive_channels.py
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
     polish: int = 0  # steps of learned rounding per block; see block_tuning.py
     tune: int = 0  # further windows to tune all scales together on; see finetune.py
     remeasure: int = 0  # rounds of measuring costs again around the plan; see remeasure.py
+    pair_terms: int = 0  # measured plans to fit terms of pairs on; see pair_terms.py
     local_search: int = 0  # measured moves from the plan; see local_search.py
     pins: Mapping[str, int] = field(default_factory=dict)  # linear name -> bits
     allow_worse: bool = False  # keep a mixed plan that is predicted to lose against uniform
+    decode_times: str | Path | DecodeTimes | None = None  # measured times; see decode_times.py
+    max_decode_us: float | None = None  # microseconds per decoded token that the linears may take
 
     def __post_init__(self) -> None:
         least_of = {"n_samples": 1, "seq_len": 8, "held_out": 1, "expand": 1, "polish": 0}
-        least_of |= {"guided": 0, "tune": 0, "remeasure": 0, "local_search": 0}
+        least_of |= {"guided": 0, "tune": 0, "remeasure": 0, "pair_terms": 0, "local_search": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise LwquantError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -69,10 +76,21 @@ class Recipe:
             raise LwquantError(f"sensitivity_samples={self.sensitivity_samples} must be positive")
         if not 0 <= self.importance_floor <= 1:
             raise LwquantError(f"importance_floor={self.importance_floor} must be in [0, 1]")
+        if not 0 <= self.unclipped_qk <= 1:
+            raise LwquantError(f"unclipped_qk={self.unclipped_qk} must be in [0, 1]")
         if self.expand > self.seq_len:
             raise LwquantError(f"expand={self.expand} is above seq_len={self.seq_len}")
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise LwquantError(f"bits={self.bits} must be different widths, at least one")
+        if self.max_decode_us is not None:
+            if not self.max_decode_us > 0:
+                raise LwquantError(f"max_decode_us={self.max_decode_us} must be above 0")
+            if self.decode_times is None:
+                raise LwquantError(
+                    f"max_decode_us={self.max_decode_us} needs decode_times, a file that "
+                    f"`python {BENCHMARK} --shapes OUTxIN,... --write FILE` measures on the "
+                    "machine that is to decode"
+                )
         self.schemes()
 
     def schemes(self) -> tuple[QuantScheme, ...]:
@@ -94,13 +112,33 @@ class Recipe:
     def rounding(self) -> Rounding:
         """Everything about how linears are rounded; LwquantError for unknown names."""
         plain = rounding_of(self.quantizer, self.correction)
+        if self.unclipped_qk and _base(plain.quantizer) not in UNCLIPPING:
+            raise LwquantError(
+                f"unclipped_qk={self.unclipped_qk} needs quantizer 'gptq' or 'quantease'"
+            )
         weighting = weighting_of(self.token_importance, self.importance_floor)
         if weighting is not None and self.guided:
             raise LwquantError(
                 f"guided={self.guided} and a token_importance both say how much each token counts: "
                 "leave one of them out"
             )
-        return replace(plain, weighting=weighting, guided=self.guided, polish=self.polish)
+        if self.unclipped_qk and self.guided:
+            raise LwquantError(
+                f"unclipped_qk={self.unclipped_qk} looks at all rows of a linear together, "
+                f"guided={self.guided} at groups of them: leave one of them out"
+            )
+        return replace(
+            plain,
+            weighting=weighting,
+            guided=self.guided,
+            polish=self.polish,
+            unclipped_qk=self.unclipped_qk,
+        )
+
+    def times(self) -> DecodeTimes | None:
+        """The table of measured times, read where the recipe names a file."""
+        known = self.decode_times
+        return read_decode_times(Path(known)) if isinstance(known, str | Path) else known
 
     def cost_quantizer(self) -> Quantizer:
         """What costs are measured with; LwquantError for an unknown name."""
@@ -110,9 +148,13 @@ class Recipe:
         """A copy with those settings that are not None."""
         return replace(self, **{k: v for k, v in settings.items() if v is not None})
 
-    def refuse_replanning(self, why: str) -> None:
-        """LwquantError where the recipe asks for what only quantize() to a size can do."""
-        for name in ("remeasure", "local_search"):
+    def refuse_replanning(self, why: str, *also: str) -> None:
+        """LwquantError where the recipe asks for what only quantize() to a size can do.
+
+        Args:
+            also: further settings that are refused where they are set.
+        """
+        for name in ("remeasure", "pair_terms", "local_search", *also):
             if getattr(self, name):
                 raise LwquantError(f"{name}={getattr(self, name)} {why}")
 
@@ -159,17 +201,10 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
         recipe = Recipe(**settings)
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
-    counts = ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size")
-    for name in (
-        *counts,
-        "scale_bits",
-        "expand",
-        "guided",
-        "polish",
-        "tune",
-        "remeasure",
-        "local_search",
-    ):
+    counts = ["n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size"]
+    counts += ["scale_bits", "expand", "guided", "polish", "tune"]
+    counts += ["remeasure", "pair_terms", "local_search"]
+    for name in counts:
         if not isinstance(getattr(recipe, name), int):
             raise LwquantError(f"recipe {where}: {name} must be a whole number")
     return recipe
@@ -198,6 +233,7 @@ class Rounding:
     weighting: TokenWeighting | None = None  # of the calibration tokens
     guided: int = 0  # groups of rows with statistics of their own; 0: all tokens count the same
     polish: int = 0  # steps of learned rounding per block
+    unclipped_qk: float = 0.0  # share of the rows of queries and keys that keep their full range
 
 
 def rounding_of(quantizer: Method, correction: Method) -> Rounding:
@@ -207,14 +243,18 @@ def rounding_of(quantizer: Method, correction: Method) -> Rounding:
     if isinstance(named, Mapping) and named.get("name") == "none":
         return Rounding(resolved, None, "inputs")
     if isinstance(named, Mapping) and named.get("name") == "gptaq":
-        base = resolved.func if isinstance(resolved, partial) else resolved
-        if base is not QUANTIZERS["gptq"]:
+        if _base(resolved) is not QUANTIZERS["gptq"]:
             raise LwquantError("correction 'gptaq' is a term inside GPTQ: use quantizer 'gptq'")
         strength = float(named.get("strength", 0.25))
         return Rounding(partial(resolved, asymmetry=strength), None, "all")
     choices = {**CORRECTIONS, "none": None, "gptaq": None}
     found = _look_up("correction", choices, correction)
     return Rounding(resolved, found, _records_of(found))
+
+
+def _base(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that the settings are bound to."""
+    return method.func if isinstance(method, partial) else method
 
 
 def _records_of(correction: Callable[..., Any]) -> Records:

@@ -18,7 +18,7 @@ from lwquant.progress import Progress
 from lwquant.quantizers import Quantizer
 from lwquant.recipe import Recipe
 from lwquant.sensitivity.around_plan import around_plan
-from lwquant.stages import few_windows, plan_report
+from lwquant.stages import few_windows, plan_report, plans_of_others
 from lwquant.types import BitPlan, SensitivityReport
 
 
@@ -37,11 +37,12 @@ def remeasured_plan(
     Returns the winner and the report it is from.
     """
     rounding = recipe.rounding()
-    uniform = plan_report(report, bpw, recipe=recipe.changed(allocator="uniform"))
+    own = plan_report(report, bpw, recipe=recipe)
+    others = plans_of_others(report, bpw, recipe, ("uniform",))
     again = remeasured(
         opened,
         report,
-        uniform,
+        others.get("uniform", own),
         lambda costs: plan_report(costs, bpw, recipe=recipe),
         recipe.cost_quantizer(),
         few_windows(windows.calibration, recipe).tokens,
@@ -49,9 +50,9 @@ def remeasured_plan(
         progress,
     )
     candidates = {
-        "costs measured one by one": (report, plan_report(report, bpw, recipe=recipe)),
+        "costs measured one by one": (report, own),
         "costs measured around the plan": (again, plan_report(again, bpw, recipe=recipe)),
-        "uniform": (report, uniform),
+        **{name: (report, plan) for name, plan in others.items()},
     }
     plans = {name: plan for name, (_, plan) in candidates.items()}
     best, note = best_plan(opened, plans, rounding, windows, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from lwquant.allocators.problem import problem_of
 from lwquant.held_out import measure_on
@@ -53,7 +54,7 @@ def smallest_plan(
         else:
             low = target
     note = f"smallest plan found with measured KL ≤ {max_kl} on held-out windows"
-    return BitPlan(best.schemes, best.bpw, best.costs, best.allocator, (*best.notes, note))
+    return replace(best, notes=(*best.notes, note))
 
 
 def _where_predicted(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lwquant.capture.row_groups import RowGroupSums, results, row_groups
 from lwquant.corrections import Correction
 from lwquant.errors import LwquantError, RoundingError
 from lwquant.importance import TokenWeighting
+from lwquant.massive_channels import ROLES, check_roles, massive_rows
 from lwquant.model.decoder import Decoder
 from lwquant.model.replay import Ending, Replay, group_endings
 from lwquant.model.structure import get_weight, set_weight
@@ -60,6 +62,7 @@ class _Walk:
     weighting: TokenWeighting | None
     guidance: Mapping[str, Tensor] | None
     polish: int
+    unclipped_qk: float
     progress: Progress
 
 
@@ -75,6 +78,7 @@ def quantize_blocks(
     weighting: TokenWeighting | None = None,
     guidance: Mapping[str, Tensor] | None = None,
     polish: int = 0,
+    unclipped_qk: float = 0.0,
     progress: Progress = silent,
 ) -> Iterator[QuantizedLinearResult]:
     """Quantize every linear in forward order; yields those of a block when the block is done.
@@ -87,8 +91,11 @@ def quantize_blocks(
     the same). `guidance` says it for each linear by name and each group of its rows instead,
     (n_calibration, seq_len, n_groups); every group of rows then has statistics of its own and is
     rounded by itself; see guidance.py. `polish` steps of learned rounding bring each block's output
-    closer to the float model's; see block_tuning.py.
+    closer to the float model's; see block_tuning.py. The share `unclipped_qk` of the rows of
+    queries and keys, those of the largest outputs, keep their full range; the quantizer must know
+    how, and there can be no `guidance`.
     """
+    check_roles(decoder.linears, unclipped_qk)
     records = records or ("inputs" if correction is None else "all")
     walk = _Walk(
         decoder,
@@ -100,6 +107,7 @@ def quantize_blocks(
         weighting,
         guidance,
         polish,
+        unclipped_qk,
         progress,
     )
     for index in range(decoder.n_blocks):
@@ -191,7 +199,11 @@ def _quantize_one(
     walk: _Walk, spec: LinearSpec, module: nn.Module, stats: Sequence[LayerStats]
 ) -> RoundedLinear:
     """Correct and round each group of rows by its own statistics."""
-    weight = get_weight(module)
+    weight, quantizer = get_weight(module), walk.quantizer
+    if walk.unclipped_qk and spec.role in ROLES:
+        (own,) = stats
+        spared = massive_rows(weight, own, walk.unclipped_qk)
+        quantizer = partial(cast(Callable[..., QuantizedWeight], quantizer), unclipped=spared)
     targets, rounded = [], []
     try:
         for rows, own in zip(row_groups(len(weight), len(stats)), stats, strict=True):
@@ -199,7 +211,7 @@ def _quantize_one(
             if walk.correction is not None:
                 target = walk.correction(target, own)
             targets.append(target)
-            rounded.append(walk.quantizer(target, own, walk.schemes[spec.name]))
+            rounded.append(quantizer(target, own, walk.schemes[spec.name]))
     except ValueError as error:
         raise RoundingError(f"{spec.name}: {error}") from error
     quantized = join_rows(rounded)

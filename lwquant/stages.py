@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lwquant.allocators.exact import check_time
 from lwquant.allocators.plan import constrained, make_plan
 from lwquant.allocators.problem import Problem, fused_groups, problem_of
 from lwquant.capture.tokens import from_tokens
-from lwquant.errors import LwquantError, PlanError
+from lwquant.errors import BudgetError, LwquantError, PlanError
 from lwquant.matmul import fast_float32
 from lwquant.prepare import OpenModel, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
@@ -82,10 +84,11 @@ def merged(
             raise LwquantError(f"effort={effort!r} is not one of {', '.join(EFFORTS)}")
         recipe = effort
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chosen = chosen.changed(**settings)
+    chosen = chosen.changed(decode_times=chosen.times())  # a file is read once, and first of all
     if isinstance(calibration, str):
-        return chosen.changed(**settings, sources=(calibration,)), None
-    texts = None if calibration is None else list(calibration)
-    return chosen.changed(**settings), texts
+        return chosen.changed(sources=(calibration,)), None
+    return chosen, None if calibration is None else list(calibration)
 
 
 def measure(
@@ -118,12 +121,26 @@ def plan_report(report: SensitivityReport, bpw: float, *, recipe: Recipe) -> Bit
         ties=_ties(report, recipe),
         pins=_pins(recipe),
         allow_worse=recipe.allow_worse,
+        times=recipe.times(),
+        max_time=recipe.max_decode_us,
     )
+
+
+def plans_of_others(
+    report: SensitivityReport, bpw: float, recipe: Recipe, allocators: Sequence[str]
+) -> dict[str, BitPlan]:
+    """Plans of other allocators, by name, to compare with; one that finds no plan is left out."""
+    plans = {}
+    for name in allocators:
+        with suppress(BudgetError):  # a plan of one width may be too slow where a mixed one is not
+            plans[name] = plan_report(report, bpw, recipe=recipe.changed(allocator=name))
+    return plans
 
 
 def problem_for(report: SensitivityReport, recipe: Recipe) -> Problem:
     """What plan_report() hands to the allocator."""
-    return constrained(report, _ties(report, recipe), _pins(recipe))
+    ties, pins = _ties(report, recipe), _pins(recipe)
+    return constrained(report, ties, pins, recipe.times(), recipe.max_decode_us)
 
 
 def _ties(report: SensitivityReport, recipe: Recipe) -> list[list[str]]:
@@ -135,11 +152,21 @@ def _pins(recipe: Recipe) -> dict[str, QuantScheme]:
 
 
 def check_budget(opened: OpenModel, recipe: Recipe, bpw: float) -> None:
-    """BudgetError naming floor and ceiling, before anything is measured."""
+    """BudgetError naming floor and ceiling or the fastest plan, before anything is measured."""
     linears, schemes = opened.decoder.linears, recipe.schemes()
     blank = SensitivityReport(linears, schemes, torch.zeros(len(linears), len(schemes)), {})
     problem = problem_of(blank)
-    problem.check(int(bpw * problem.n_weights))
+    budget = int(bpw * problem.n_weights)
+    problem.check(budget)
+    if recipe.max_decode_us is not None:
+        check_time(problem_for(blank, recipe), budget)
+
+
+def check_times(opened: OpenModel, recipe: Recipe) -> None:
+    """PlanError where the recipe's times lack a shape or scheme, before anything is measured."""
+    times = recipe.times()
+    if times is not None:
+        times.of(opened.decoder.linears, recipe.schemes())
 
 
 def check_report(report: SensitivityReport | None, opened: OpenModel) -> None:

@@ -21,6 +21,8 @@ from lwquant.sensitivity.walk import block_stats, walk_blocks
 from lwquant.streams import advance
 from lwquant.types import QuantizedWeight, QuantScheme
 
+SEARCH_WINDOWS = 16  # to measure on: the last calibration windows; the metric looks at the first
+
 Weights = Mapping[str, Mapping[QuantScheme, QuantizedWeight]]
 
 
@@ -78,14 +80,25 @@ class SwappedModel:
     def change(self, changes: Mapping[str, QuantScheme]) -> float:
         """Give the named linears other schemes where that lowers the KL; returns the KL it has or
         would have had then, in nats per token."""
-        changed = [spec.block for spec in self._decoder.linears if spec.name in changes]
-        start = min(changed)
         schemes = {**self.schemes, **changes}
-        inputs, last = self._run(start, self._inputs[start], schemes)
-        kl = mean_kl(self._decoder, self._reference, last)
+        kl, start, inputs = self._try(schemes)
         if kl < self.kl:
             self.kl, self.schemes, self._inputs[start:] = kl, schemes, inputs
         return kl
+
+    def measure(self, schemes: Mapping[str, QuantScheme]) -> float:
+        """The KL of another plan, in nats per token; the model stays as it is."""
+        return self._try(schemes)[0]
+
+    def _try(self, schemes: Mapping[str, QuantScheme]) -> tuple[float, int, list[Tensor]]:
+        """The KL of a plan, the first block that it changes, and the inputs from there on."""
+        linears = self._decoder.linears
+        changed = [s.block for s in linears if schemes[s.name] != self.schemes[s.name]]
+        if not changed:
+            return self.kl, self._decoder.n_blocks, []
+        start = min(changed)
+        inputs, last = self._run(start, self._inputs[start], schemes)
+        return mean_kl(self._decoder, self._reference, last), start, inputs
 
     @torch.no_grad()
     def _run(

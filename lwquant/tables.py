@@ -82,9 +82,25 @@ def print_report(report: SensitivityReport) -> None:
 
 def print_plan(plan: BitPlan) -> None:
     print(f"{plan.bpw:.4f} bits per weight, predicted cost {sum(plan.costs.values()):.4g}")
+    print(decoding(plan.decode_bytes, plan.decode_us))
     print_widths({name: scheme.bits for name, scheme in plan.schemes.items()})
     for note in plan.notes:
         print(f"note: {note}")
+
+
+def decoding(n_bytes: int, microseconds: float | None) -> str:
+    """What decoding costs: predicted time where it is known, else the bytes that are read.
+
+    >>> decoding(46_500_000, None)
+    'the linears read 46.50 MB per decoded token'
+    >>> decoding(46_500_000, 1812.34)
+    'the linears take 1812.3 µs per decoded token, predicted from measured times'
+    """
+    if microseconds is None:
+        return f"the linears read {n_bytes / 1e6:.2f} MB per decoded token"
+    return (
+        f"the linears take {microseconds:.1f} µs per decoded token, predicted from measured times"
+    )
 
 
 def print_evaluation(measured: Evaluation) -> None:
@@ -165,6 +181,8 @@ def print_inspection(found: Inspection) -> None:
         f"{record.base_model}: {record.bpw:.4f} bits per weight, "
         f"{record.size_bytes / 1e6:.1f} MB (original {record.original_size_bytes / 1e6:.1f} MB)"
     )
+    if record.decode_bytes is not None:  # files of an earlier lwquant do not say
+        print(decoding(record.decode_bytes, record.decode_us))
     table(
         f"cost by {record.metric.get('name')}",
         ["linear", "bits", "group", "cost"],

@@ -225,9 +225,16 @@ class BitPlan:
     costs: Mapping[str, float] = field(default_factory=dict)  # predicted cost of each choice
     allocator: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    decode_bytes: int = 0  # of the linears, that a decoded token reads
+    decode_us: float | None = None  # predicted for the linears, where their times are known
 
 
 def plan_bpw(schemes: Mapping[str, QuantScheme], linears: tuple[LinearSpec, ...]) -> float:
     """Stored bits of all linears under `schemes`, per weight."""
+    return 8 * plan_bytes(schemes, linears) / sum(s.n_weights for s in linears)
+
+
+def plan_bytes(schemes: Mapping[str, QuantScheme], linears: tuple[LinearSpec, ...]) -> int:
+    """Stored bytes of all linears under `schemes`."""
     bits = sum(schemes[s.name].stored_bits(s.out_features, s.in_features) for s in linears)
-    return bits / sum(s.n_weights for s in linears)
+    return bits // 8  # codes and zeros fill words, scales bytes

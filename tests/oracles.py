@@ -44,13 +44,20 @@ def obs_codes(
     return codes
 
 
-def best_plan(costs: Tensor, sizes: Tensor, budget: int) -> float:
+def best_plan(
+    costs: Tensor,
+    sizes: Tensor,
+    budget: int,
+    times: Tensor | None = None,
+    limit: float = float("inf"),
+) -> float:
     """Least total cost over every combination of schemes that fits; inf if none does."""
     n_rows, n_schemes = costs.shape
     best = float("inf")
     for choice in itertools.product(range(n_schemes), repeat=n_rows):
         size = sum(int(sizes[row, column]) for row, column in enumerate(choice))
-        if size <= budget:
+        time = 0.0 if times is None else sum(float(times[row, c]) for row, c in enumerate(choice))
+        if size <= budget and time <= limit:
             best = min(best, sum(float(costs[row, c]) for row, c in enumerate(choice)))
     return best
 

@@ -186,6 +186,7 @@ def test_tasks_shows_accuracies_and_their_difference_from_the_reference(
 def test_input_errors_are_one_line_on_stderr_and_status_1(
     monkeypatch, capsys, tiny_folder, tmp_path
 ):
+    three_bits = ["quantize", tiny_folder, "--bpw", 3, "--output", tmp_path / "o"]
     for arguments, message in (
         (["quantize", tiny_folder, "--bpw", 1, "--output", tmp_path / "o"], "below the floor"),
         (["quantize", tmp_path / "gone", "--bpw", 3, "--output", tmp_path / "o"], "gone"),
@@ -202,6 +203,10 @@ def test_input_errors_are_one_line_on_stderr_and_status_1(
             ],
             "unknown transform 'twist'",
         ),
+        ([*three_bits, "--max-decode-us", 9], "max_decode_us=9.0 needs decode_times"),
+        ([*three_bits, "--decode-times", tmp_path / "gone.json"], "gone.json"),
+        ([*three_bits, "--unclipped-qk", 2], "unclipped_qk=2.0 must be in [0, 1]"),
+        ([*three_bits, "--pair-terms", -1], "pair_terms=-1 must be at least 0"),
         (["inspect", tiny_folder], "manifest"),
         (["evaluate", tiny_folder, "--text", tmp_path / "gone.txt"], "gone.txt"),
         (["tasks", tiny_folder, "--lambada", tmp_path / "gone.jsonl"], "gone.jsonl"),

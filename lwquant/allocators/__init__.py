@@ -1,8 +1,9 @@
 """Allocators: which scheme each linear gets within a budget of stored bits.
 
 An allocator is a function (problem, budget, *, settings) -> list[int], the chosen column of each
-row. It keeps the budget, respects forbidden (infinite) costs, and raises BudgetError naming floor
-and ceiling where no plan exists. tests/contract/test_allocators.py holds every entry below to this.
+row. It keeps the budget and the problem's limit on decode time, respects forbidden (infinite)
+costs, and raises BudgetError naming floor and ceiling, or the fastest plan, where none of its plans
+does. tests/contract/test_allocators.py holds every entry below to this.
 """
 
 from collections.abc import Callable

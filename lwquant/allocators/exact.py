@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from lwquant.allocators.problem import Problem
+from lwquant.allocators.problem import Array, Problem
 
 RELATIVE_GAP = 1e-6
+INFEASIBLE = 2  # status of scipy.optimize.milp
 
 
 def exact(problem: Problem, budget: int, *, seconds: float = 60.0) -> list[int]:
     """Minimize the summed cost subject to summed stored bits ≤ budget, one scheme per row.
 
+    With times, their sum is kept within the problem's limit as well: a second knapsack constraint.
+
     Args:
         budget: stored bits.
         seconds: time limit of the solver; optimality is proved to a relative gap of 1e-6.
 
-    Raises BudgetError outside floor and ceiling, RuntimeError when the solver proves no optimum.
+    Raises BudgetError outside floor and ceiling and where no plan within the budget is fast enough,
+    RuntimeError when the solver proves no optimum.
     """
     problem.check(budget)
     rows, columns = np.nonzero(problem.allowed())
@@ -26,14 +32,20 @@ def exact(problem: Problem, budget: int, *, seconds: float = 60.0) -> list[int]:
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     # Sizes and costs are brought to order one: the solver's feasibility tolerance is absolute.
     bits = csr_array(sizes[None, :] / budget)
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(bits, 0, 1)]
+    if problem.times is not None and problem.max_time is not None:
+        times = csr_array(problem.times[rows, columns][None, :] / problem.max_time)
+        constraints.append(LinearConstraint(times, 0, 1))
     scale = max(costs.max(), np.finfo(float).tiny)
     result = milp(
         costs / scale,
         integrality=np.ones(len(rows)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bits, 0, 1)],
+        constraints=constraints,
         options={"time_limit": seconds, "mip_rel_gap": RELATIVE_GAP},
     )
+    if result.status == INFEASIBLE:
+        check_time(problem, budget)
     if result.x is None or result.status != 0:
         raise RuntimeError(f"the solver found no optimal plan: {result.message}")
     picked = np.flatnonzero(result.x > 0.5)
@@ -42,12 +54,40 @@ def exact(problem: Problem, budget: int, *, seconds: float = 60.0) -> list[int]:
     return _repair(problem, choice, budget).tolist()
 
 
-def _repair(problem: Problem, choice: np.ndarray, budget: int) -> np.ndarray:
-    """The solver's tolerance may overspend by a few bits: step down where that costs least."""
+def check_time(problem: Problem, budget: int) -> None:
+    """BudgetError naming the fastest plan within the budget where that one is too slow.
+
+    Needs no costs but to know what is allowed, so it can be asked before any is measured. Raises
+    BudgetError as Problem.check() does too.
+    """
+    problem.check(budget)
+    if problem.times is None or problem.max_time is None:
+        return
+    times = np.where(problem.allowed(), problem.times, np.inf)
+    fastest = problem.time_of(exact(replace(problem, costs=times, max_time=None), budget))
+    if fastest > problem.max_time:
+        raise problem.too_slow(f"{budget / problem.n_weights:.4f} bits per weight", fastest)
+
+
+def _repair(problem: Problem, choice: Array, budget: int) -> Array:
+    """The solver's tolerance may overspend by a little: step down where that costs least."""
+    times = None if problem.max_time is None else problem.times
     while problem.size_of(choice) > budget:
-        saved = problem.sizes[np.arange(len(choice)), choice][:, None] - problem.sizes
-        extra = problem.costs - problem.costs[np.arange(len(choice)), choice][:, None]
-        rate = np.where(saved > 0, extra / np.maximum(saved, 1), np.inf)
-        row, column = np.unravel_index(rate.argmin(), rate.shape)
-        choice[row] = column
+        _step_down(problem, choice, problem.sizes, times)
+    while not problem.in_time(choice):
+        assert times is not None
+        _step_down(problem, choice, times, problem.sizes)
     return choice
+
+
+def _step_down(problem: Problem, choice: Array, spent: Array, other: Array | None) -> None:
+    """Change one row, in place, so that less is spent, and of what `other` counts not more."""
+    rows = np.arange(len(choice))
+    saved = spent[rows, choice][:, None] - spent
+    extra = problem.costs - problem.costs[rows, choice][:, None]
+    useful = saved > 0 if other is None else (saved > 0) & (other <= other[rows, choice][:, None])
+    rate = np.where(useful, extra / np.where(saved > 0, saved, 1), np.inf)
+    if not np.isfinite(rate.min()):
+        raise RuntimeError("the solver's plan overspends by its tolerance and cannot be repaired")
+    row, column = np.unravel_index(rate.argmin(), rate.shape)
+    choice[row] = column

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lwquant.allocators.exact import exact
 from lwquant.allocators.problem import Problem, pin, problem_of, tie
 from lwquant.allocators.uniform import uniform
+from lwquant.decode_times import DecodeTimes
 from lwquant.errors import BudgetError, PlanError
 from lwquant.jsonfile import read_json, write_json
 from lwquant.methods import describe
-from lwquant.types import BitPlan, LinearSpec, QuantScheme, SensitivityReport, plan_bpw
+from lwquant.types import BitPlan, LinearSpec, QuantScheme, SensitivityReport, plan_bpw, plan_bytes
 
 KIND, VERSION = "lwquant-plan", 1
 
@@ -26,6 +27,8 @@ def make_plan(
     ties: Sequence[Sequence[str]] = (),
     pins: Mapping[str, QuantScheme] | None = None,
     allow_worse: bool = False,
+    times: DecodeTimes | None = None,
+    max_time: float | None = None,
 ) -> BitPlan:
     """The allocator's plan of at most `bpw` true stored bits per weight.
 
@@ -34,10 +37,12 @@ def make_plan(
         pins: schemes that the user fixed.
         allow_worse: keep a plan whose predicted cost is not below the uniform one's. By default
             the uniform plan is returned then, with a note that says so.
+        times: of every shape and scheme, from which the plan's decode time is predicted.
+        max_time: limit on it, microseconds per decoded token; needs `times`.
 
-    Raises BudgetError outside floor and ceiling, PlanError for impossible pins.
+    Raises BudgetError outside floor and ceiling, PlanError for impossible pins and missing times.
     """
-    problem = constrained(report, ties, pins or {})
+    problem = constrained(report, ties, pins or {}, times, max_time)
     budget = int(bpw * problem.n_weights)
     choice = allocator(problem, budget)
     notes: tuple[str, ...] = ()
@@ -53,20 +58,33 @@ def make_plan(
                 f"uniform plan's {uniform_cost:.4g}",
             )
             choice = baseline
-    return plan_of(problem, choice, report.linears, describe(allocator), notes)
+    how = describe(allocator)
+    if max_time is not None:
+        how = {**how, "max_decode_us": max_time}
+    if times is not None:
+        how = {**how, "decode_times": times.machine_label}
+    return plan_of(problem, choice, report.linears, how, notes)
 
 
 def constrained(
-    report: SensitivityReport, ties: Sequence[Sequence[str]], pins: Mapping[str, QuantScheme]
+    report: SensitivityReport,
+    ties: Sequence[Sequence[str]],
+    pins: Mapping[str, QuantScheme],
+    times: DecodeTimes | None = None,
+    max_time: float | None = None,
 ) -> Problem:
-    """The report's problem with pins and ties, as for make_plan()."""
-    return tie(pin(problem_of(report), pins), ties)
+    """The report's problem with pins, ties and times, as for make_plan()."""
+    problem = pin(problem_of(report), pins)
+    if times is not None:
+        measured = times.of(report.linears, report.schemes)
+        problem = replace(problem, times=measured, max_time=max_time)
+    return tie(problem, ties)
 
 
 def uniform_plan(linears: Sequence[LinearSpec], scheme: QuantScheme) -> BitPlan:
     """The same scheme for every linear."""
     schemes = {spec.name: scheme for spec in linears}
-    return BitPlan(schemes, plan_bpw(schemes, tuple(linears)), allocator={"name": "uniform"})
+    return _counted(schemes, linears, allocator={"name": "uniform"})
 
 
 def plan_of(
@@ -83,7 +101,13 @@ def plan_of(
             schemes[name] = problem.schemes[column]
             costs[name] = float(problem.costs[row, column]) / len(names)
     ordered = {spec.name: schemes[spec.name] for spec in linears}
-    return BitPlan(ordered, plan_bpw(ordered, linears), costs, allocator, notes)
+    time = None if problem.times is None else problem.time_of(choice)
+    return _counted(ordered, linears, costs, allocator, notes, time)
+
+
+def choice_of(problem: Problem, plan: BitPlan) -> list[int]:
+    """The column of each row that the plan has chosen."""
+    return [problem.schemes.index(plan.schemes[names[0]]) for names in problem.names]
 
 
 def write_plan(plan: BitPlan, path: Path) -> None:
@@ -94,12 +118,17 @@ def write_plan(plan: BitPlan, path: Path) -> None:
         }
         for name, scheme in plan.schemes.items()
     }
-    body = {"bpw": plan.bpw, "allocator": plan.allocator, "notes": plan.notes, "linears": linears}
+    body: dict[str, object] = {"bpw": plan.bpw, "decode_bytes": plan.decode_bytes}
+    if plan.decode_us is not None:
+        body["decode_us"] = plan.decode_us
+    body |= {"allocator": plan.allocator, "notes": plan.notes, "linears": linears}
     write_json(path, KIND, VERSION, body)
 
 
 def read_plan(path: Path, linears: Sequence[LinearSpec]) -> BitPlan:
-    """A plan, perhaps edited by hand, checked against the model's linears; bpw is counted anew.
+    """A plan, perhaps edited by hand, checked against the model's linears.
+
+    Bits and bytes are counted anew, and a predicted time, which an edit would change, is left out.
 
     Raises PlanError naming the linear that is unknown, missing, or has an impossible width.
     """
@@ -130,4 +159,17 @@ def read_plan(path: Path, linears: Sequence[LinearSpec]) -> BitPlan:
             costs[spec.name] = float(entry["cost"])
     allocator = body.get("allocator") or {"name": "file"}
     notes = tuple(str(note) for note in body.get("notes", ()))
-    return BitPlan(schemes, plan_bpw(schemes, tuple(linears)), costs, allocator, notes)
+    return _counted(schemes, linears, costs, allocator, notes)
+
+
+def _counted(
+    schemes: Mapping[str, QuantScheme],
+    linears: Sequence[LinearSpec],
+    costs: Mapping[str, float] | None = None,
+    allocator: Mapping[str, object] | None = None,
+    notes: tuple[str, ...] = (),
+    decode_us: float | None = None,
+) -> BitPlan:
+    """The plan with its bits and bytes counted."""
+    bpw, size = plan_bpw(schemes, tuple(linears)), plan_bytes(schemes, tuple(linears))
+    return BitPlan(schemes, bpw, costs or {}, allocator or {}, notes, size, decode_us)

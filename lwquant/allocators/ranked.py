@@ -32,7 +32,7 @@ def ranked(
             without scores, from the cost of the block's linears at the lowest width.
         reverse: least important first, a check on the order itself.
 
-    Raises BudgetError when even the lowest width everywhere does not fit.
+    Raises BudgetError when even the lowest width everywhere does not fit, or is too slow.
     """
     columns = [_column(problem, width) for width in sorted(bits, reverse=True)]
     if len(columns) not in (2, 3):
@@ -53,10 +53,12 @@ def ranked(
             f"budget of {budget / problem.n_weights:.4f} bits per weight is below the floor of "
             f"{problem.size_of(choice) / problem.n_weights:.4f}, every block at {min(bits)} bits"
         )
+    if not problem.in_time(choice):
+        raise problem.too_slow(f"every block at {min(bits)} bits", problem.time_of(choice))
     for column in reversed(columns[:-1]):
         for block in order:
             raised = place(choice, block, column)
-            if problem.size_of(raised) > budget:
+            if not problem.fits(raised, budget):
                 return choice.tolist()
             choice = raised
     return choice.tolist()

@@ -19,7 +19,8 @@ def spikes(problem: Problem, budget: int, *, share: float = 0.03, bits: int = 6)
         share: fraction of the rows to protect, at least one.
         bits: width of the protected rows; the next narrower one of the menu where it is missing.
     """
-    choice = np.array(uniform(problem, budget))
+    plain = uniform(problem, budget)
+    choice = np.array(plain)
     allowed = problem.allowed()
     rows = np.arange(len(choice))
     by_width = sorted(range(len(problem.schemes)), key=lambda c: problem.schemes[c].bits)
@@ -35,11 +36,12 @@ def spikes(problem: Problem, budget: int, *, share: float = 0.03, bits: int = 6)
         if row not in protected and choice[row] in narrower and allowed[row, narrower[choice[row]]]
     ]
     for _, row in sorted(payers):
-        if problem.size_of(choice) <= budget:
+        if problem.fits(choice, budget):
             break
         choice[row] = narrower[choice[row]]
     for row in reversed(protected):  # nothing left to lower: protect fewer
-        if problem.size_of(choice) <= budget:
+        if problem.fits(choice, budget):
             break
-        choice[row] = uniform(problem, budget)[row]
-    return choice.tolist()
+        choice[row] = plain[row]
+    # Narrower is not always faster: the payers alone may be too slow.
+    return choice.tolist() if problem.fits(choice, budget) else plain

@@ -63,6 +63,8 @@ class RunRecord:
     transform: Mapping[str, Any] | None = None  # None where the model was quantized as it is
     uniform_bpw: float | None = None
     original_bpw: float | None = None
+    decode_bytes: int | None = None  # of the linears, that a decoded token reads
+    decode_us: float | None = None  # predicted for the linears, None where no times were given
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
@@ -101,6 +103,8 @@ class RunRecord:
             transform=keys.optional("transform", _mapping),
             uniform_bpw=keys.optional("uniform_bpw", _number),
             original_bpw=keys.optional("original_bpw", _number),
+            decode_bytes=keys.optional("decode_bytes", _integer),
+            decode_us=keys.optional("decode_us", _number),
             notes=keys.optional("notes", _strings) or (),
         )
 

@@ -29,6 +29,7 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = True,
     search: bool = True,
+    unclipped: Tensor | None = None,
     asymmetry: float = 0.0,
     first_order: float = 0.0,
 ) -> QuantizedWeight:
@@ -43,6 +44,7 @@ def gptq(
             the Cholesky factorization fails, and then noted in the result.
         act_order: columns of large activations first.
         search: fit each group's range by squared error weighted with diag(H).
+        unclipped: rows (out_features,) bool whose groups keep their full range all the same.
         asymmetry: strength of GPTAQ's term, which aims at the output on the float model's inputs.
         first_order: strength β in [0, 1] of FOEM's term, which holds each column back on its way
             from the given weight: 0 is GPTQ, 1 plain rounding on the same grid. Its authors use 0.1
@@ -55,7 +57,8 @@ def gptq(
         raise ValueError(f"first_order={first_order} must be between 0 and 1")
     hessian = stats.hessian.to(weight.device, torch.float32)
     diagonal = hessian.diagonal()
-    grid = fit_grid(weight, scheme, diagonal if diagonal.any() else None, search=search)
+    importance = diagonal if diagonal.any() else None
+    grid = fit_grid(weight, scheme, importance, search=search, unclipped=unclipped)
     order, upper, used = _factor(stats, weight.device, damping, act_order)
     # Columns are rows here, so that each is contiguous.
     columns = weight.float().T[order].contiguous()

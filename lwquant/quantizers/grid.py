@@ -40,7 +40,12 @@ class Grid:
 
 
 def fit_grid(
-    weight: Tensor, scheme: QuantScheme, importance: Tensor | None = None, *, search: bool = True
+    weight: Tensor,
+    scheme: QuantScheme,
+    importance: Tensor | None = None,
+    *,
+    search: bool = True,
+    unclipped: Tensor | None = None,
 ) -> Grid:
     """The grid of each group of each row.
 
@@ -50,6 +55,7 @@ def fit_grid(
             equal weights when None.
         search: shrink the range step by step and keep, per group, the range of least weighted
             squared error, then refit its scale by least squares. False: plain min-max.
+        unclipped: rows (out_features,) bool that are plain min-max all the same.
 
     Raises ValueError when a scale leaves float16's range.
     """
@@ -72,6 +78,9 @@ def fit_grid(
         raise ValueError(
             f"a group of weights up to {weight.abs().max():.3g} overflows float16 scales"
         )
+    if search and unclipped is not None and unclipped.any():
+        full = fit_grid(weight[unclipped], scheme, search=False)
+        scales[unclipped], zeros[unclipped] = full.scales, full.zeros
     return Grid(scheme, scales, zeros)
 
 

@@ -34,6 +34,7 @@ def quantease(
     refit: bool = True,
     damping: float = 0.01,
     search: bool = True,
+    unclipped: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize one linear by descent on tr((Ŵ − W)(H + damping·mean(diag H)·I)(Ŵ − W)ᵀ).
 
@@ -44,18 +45,20 @@ def quantease(
             paper's: from the weight itself, with relaxed sweeps that do not round in between.
         sweeps: over all columns. The last one always rounds.
         refit: fit the scales to the codes after each rounding sweep.
-        search: as for gptq().
+        search, unclipped: as for gptq(). A refit, which could clip again, leaves the scales of
+            unclipped rows as they are.
 
     Raises ValueError as gptq() does.
     """
     hessian, order = _damped(stats, weight.device, damping)
     if start == "gptq":
-        begun = gptq(weight, stats, scheme, damping=damping, search=search)
+        begun = gptq(weight, stats, scheme, damping=damping, search=search, unclipped=unclipped)
         grid = Grid(scheme, begun.scales.float(), begun.zeros.float())
         current, notes = begun.dequantize(), begun.notes
     else:
         importance = stats.hessian.diagonal().to(weight.device)
-        grid = fit_grid(weight, scheme, importance if importance.any() else None, search=search)
+        seen = importance if importance.any() else None
+        grid = fit_grid(weight, scheme, seen, search=search, unclipped=unclipped)
         current, notes = weight.float().clone(), ()
     codes = grid.round(current)
     for number in range(sweeps):
@@ -65,7 +68,10 @@ def quantease(
             continue
         codes = grid.round(current)
         if refit:
-            grid = refit_scales(weight, hessian, codes, grid)
+            refitted = refit_scales(weight, hessian, codes, grid)
+            if unclipped is not None:
+                refitted.scales[unclipped] = grid.scales[unclipped]
+            grid = refitted
             current = grid.dequantize(codes)
     return QuantizedWeight(scheme, codes.byte(), grid.scales.half(), grid.zeros.byte(), notes)
 

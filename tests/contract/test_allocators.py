@@ -1,5 +1,7 @@
 """The laws of every allocator, and brute force as the oracle of the exact one."""
 
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from oracles import best_plan
 
 from lwquant.allocators import ALLOCATORS, exact, ranked, spikes, uniform
+from lwquant.allocators.exact import _repair, check_time
 from lwquant.allocators.plan import make_plan
 from lwquant.allocators.problem import fused_groups, pin, problem_of, tie
 from lwquant.errors import BudgetError, PlanError
@@ -86,6 +89,107 @@ def test_pinned_rows_keep_their_scheme(allocate):
     assert choice[row] == 2
 
 
+def timed(problem, seed=0):
+    """The problem with times that mostly grow with the width; no width is always the fastest."""
+    wobble = np.random.default_rng(seed).uniform(0.4, 1.6, problem.sizes.shape)
+    return replace(problem, times=problem.sizes * wobble / 1e4)
+
+
+def fastest_time(problem, budget):
+    return best_plan(torch.tensor(problem.times), torch.tensor(problem.sizes), budget)
+
+
+@every_allocator
+@pytest.mark.parametrize("bpw", [3.0, 3.6, 5.0, 8.4])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_limit_on_decode_time_is_kept_or_the_fastest_plan_is_named(allocate, bpw, seed):
+    problem = timed(problem_of(make_report(seed=seed)), seed)
+    budget = int(bpw * problem.n_weights)
+    free = problem.time_of(allocate(problem, budget))
+    kept = refused = 0
+    for share in (1.5, 1.0, 0.97, 0.9, 0.8, 0.6, 0.04):
+        limited = replace(problem, max_time=share * free)
+        try:
+            choice = allocate(limited, budget)
+        except BudgetError as error:
+            refused += 1
+            assert re.search(r"limit of \d.* µs .*below the floor.*takes \d", str(error))
+            continue
+        kept += 1
+        assert limited.time_of(choice) <= limited.max_time
+        assert limited.size_of(choice) <= budget
+    assert kept >= 1 and refused >= 1
+    slowest = problem.times.max(1).sum()
+    assert allocate(replace(problem, max_time=slowest), budget) == allocate(problem, budget)
+
+
+@every_allocator
+def test_rows_pinned_to_a_slow_scheme_count_in_the_time(allocate):
+    report = make_report()
+    problem = timed(pin(problem_of(report), {"layers.1.k_proj": report.schemes[2]}))
+    row = problem.names.index(("layers.1.k_proj",))
+    problem.times[row, 2] = 1000.0
+    with pytest.raises(BudgetError, match="µs"):
+        allocate(replace(problem, max_time=999.0), int(4.6 * problem.n_weights))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_exact_finds_what_brute_force_finds_within_a_limit_on_time(seed, share):
+    problem = timed(problem_of(make_report(n_blocks=2, bits=(2, 3, 8), seed=seed)), seed)
+    budget = int(4.1 * problem.n_weights)
+    free = problem.time_of(exact(problem, budget))
+    fastest = fastest_time(problem, budget)
+    limited = replace(problem, max_time=fastest + share * (free - fastest))
+    choice = exact(limited, budget)
+    wanted = best_plan(
+        torch.tensor(problem.costs),
+        torch.tensor(problem.sizes),
+        budget,
+        torch.tensor(problem.times),
+        limited.max_time,
+    )
+    assert limited.fits(choice, budget)
+    assert problem.cost_of(choice) == pytest.approx(wanted, rel=1e-5)
+    assert problem.cost_of(choice) >= problem.cost_of(exact(problem, budget)) * (1 - 1e-6)
+
+
+def test_a_limit_that_only_plans_above_the_budget_keep_names_the_fastest_within_it():
+    report = make_report(n_blocks=2, bits=(2, 3, 8))
+    problem = problem_of(report)
+    times = np.tile([30.0, 20.0, 1.0], (len(problem.names), 1))  # the widest is the fastest
+    problem = replace(problem, times=times)
+    budget = int(3.3 * problem.n_weights)
+    fastest = fastest_time(problem, budget)
+    limited = replace(problem, max_time=fastest - 0.5)
+    for ask in (exact, check_time):
+        with pytest.raises(BudgetError, match=rf"bits per weight takes {fastest:g} µs"):
+            ask(limited, budget)
+    check_time(replace(problem, max_time=fastest), budget)
+    below = replace(problem, max_time=7.9)  # eight rows
+    with pytest.raises(BudgetError, match="this menu takes 8 µs"):
+        check_time(below, budget)
+
+
+def test_what_the_solver_overspends_is_repaired_where_it_costs_least():
+    problem = timed(problem_of(make_report(n_blocks=1, bits=(2, 3, 8))))
+    wide = np.array([1, 1, 1, 1])
+    for time_too in (False, True):
+        limit = problem.time_of(wide) * (1 - 1e-9) if time_too else None
+        budget = problem.size_of(wide) - (0 if time_too else 1)
+        limited = replace(problem, max_time=limit)
+        got = _repair(limited, wide.copy(), budget)
+        assert limited.fits(got, budget)
+        (row,) = np.flatnonzero(got != wide)
+        spent = problem.times if time_too else problem.sizes
+        rates = {
+            r: (problem.costs[r, 0] - problem.costs[r, 1]) / (spent[r, 1] - spent[r, 0])
+            for r in range(4)
+            if spent[r, 0] < spent[r, 1]
+        }
+        assert got[row] == 0 and rates[row] == min(rates.values())
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("bpw", [2.8, 3.3, 4.1, 6.0])
 def test_exact_finds_what_brute_force_finds(seed, bpw):
@@ -123,6 +227,10 @@ def test_tied_linears_get_one_scheme_and_their_costs_add():
     problem = tie(problem_of(report), groups)
     assert problem.costs.sum() == pytest.approx(report.costs.sum().item())
     assert problem.sizes.sum() == problem_of(report).sizes.sum()
+    both = timed(problem_of(report))
+    tied = tie(both, groups)
+    assert tied.times.shape == tied.sizes.shape
+    assert tied.times[0] == pytest.approx(both.times[0] + both.times[1])  # q and k
 
 
 def test_ranked_raises_whole_blocks_in_the_order_of_their_scores():
@@ -150,6 +258,15 @@ def test_spikes_protects_the_costliest_rows_within_the_budget():
     costliest = int(problem.costs[:, 1].argmax())
     assert problem.schemes[choice[costliest]].bits == 4
     assert 0 < sum(c == 0 for c in choice) < 6  # a few pay, the rest stays
+
+
+def test_spikes_is_uniform_where_those_who_pay_would_be_too_slow():
+    problem = problem_of(make_report())
+    times = np.tile([9.0, 3.0, 20.0, 20.0], (12, 1))  # of all widths, three bits are the fastest
+    plain = [1] * 12
+    timed_out = replace(problem, times=times, max_time=36.0)
+    assert spikes(timed_out, problem.size_of(plain)) == plain
+    assert spikes(problem, problem.size_of(plain)) != plain
 
 
 def test_a_plan_that_cannot_beat_uniform_is_uniform_and_says_so():

@@ -1,6 +1,7 @@
 """Local search against whole models with weights replaced, and against trying every move."""
 
 from copy import deepcopy
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -60,6 +61,10 @@ def test_a_changed_plan_has_the_kl_of_the_model_with_its_weights_replaced(tiny_f
     outcomes = []
     for change in changes:
         before = model.kl
+        assert model.measure({**schemes, **change}) == pytest.approx(
+            wanted({**schemes, **change}), rel=1e-3
+        )
+        assert model.schemes == schemes and model.kl == before == model.measure(schemes)
         kl = model.change(change)
         assert kl == pytest.approx(wanted({**schemes, **change}), rel=1e-3)
         if kl < before:
@@ -161,6 +166,18 @@ def test_pinned_rows_stay_and_spare_bits_are_used_without_a_payer():
     steps, _ = run_search(search, problem.cost_of)
     assert all(2 not in move.columns() for move, _ in steps)
     assert any(move.down is None for move, _ in steps)
+
+
+def test_moves_keep_a_limit_on_decode_time():
+    problem = make_problem()
+    times = np.random.default_rng(2).uniform(1, 9, problem.sizes.shape)
+    start, budget = [1] * 6, int(3.5 * problem.n_weights)
+    limit = 1.02 * times[:, 1].sum()
+    timed = replace(problem, times=times, max_time=limit)
+    steps, _ = run_search(Search(timed, start, budget), timed.cost_of)
+    assert steps and all(timed.fits(changed, budget) for _, changed in steps)
+    free, _ = run_search(Search(problem, start, budget), problem.cost_of)
+    assert any(not timed.in_time(changed) for _, changed in free)
 
 
 def test_the_plan_taken_is_the_best_of_four_on_held_out_windows(
