@@ -33,7 +33,14 @@ from lwquant.matmul import fast_float32
 from lwquant.methods import describe
 from lwquant.prepare import OpenModel, Windows, bpw_of_size, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
-from lwquant.recipe import Recipe, Rounding, allocator_of, metric_of, transform_of
+from lwquant.recipe import (
+    Recipe,
+    Rounding,
+    allocator_of,
+    metric_of,
+    refuse_schemes,
+    transform_of,
+)
 from lwquant.remeasure import remeasured_plan
 from lwquant.search import smallest_plan
 from lwquant.sensitivity.report import read_report, write_report
@@ -109,9 +116,11 @@ def quantize(
     with fast_float32():
         opened = open_model(model, device, revision, transform)
         target = bpw_of_size(opened, size) if size is not None else bpw
-        given = _given_plan(plan, opened)
+        given = _given_plan(plan, opened, rounding)
         known = read_report(Path(report)) if isinstance(report, str | Path) else report
         check_report(known, opened)
+        if given is None and known is not None:
+            refuse_schemes(rounding.quantizer, rounding.polish, known.schemes)
         if target is not None:
             check_budget(opened, chosen, target)
         windows = prepare_tokens(opened, chosen, texts, progress)
@@ -232,11 +241,16 @@ def sixteen_bits(weight: Tensor, opened: OpenModel, name: str) -> Tensor:
     return weight.to(torch.bfloat16 if stored == torch.bfloat16 or overflows else torch.float16)
 
 
-def _given_plan(plan: str | Path | BitPlan | None, opened: OpenModel) -> BitPlan | None:
+def _given_plan(
+    plan: str | Path | BitPlan | None, opened: OpenModel, rounding: Rounding
+) -> BitPlan | None:
     if isinstance(plan, str | Path):
-        return read_plan(Path(plan), opened.decoder.linears)
-    if plan is not None and plan.schemes.keys() != {s.name for s in opened.decoder.linears}:
+        plan = read_plan(Path(plan), opened.decoder.linears)
+    if plan is None:
+        return None
+    if plan.schemes.keys() != {s.name for s in opened.decoder.linears}:
         raise PlanError("the plan names other linears than the model has")
+    refuse_schemes(rounding.quantizer, rounding.polish, plan.schemes.values())
     return plan
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lwquant.ops.rounding import round_columns
 from lwquant.quantizers.gptq import gptq
-from lwquant.quantizers.grid import Grid, fit_grid
+from lwquant.quantizers.grid import Grid, even_steps_only, fit_grid
 from lwquant.quantizers.scales import refit_scales
 from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
 
@@ -47,6 +47,7 @@ def quantease(
 
     Raises ValueError as gptq() does.
     """
+    even_steps_only(scheme)
     hessian, order = _damped(stats, weight.device, damping)
     if start == "gptq":
         begun = gptq(weight, stats, scheme, damping=damping, search=search)

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from oracles import nearest_values
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaPreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
+from lwquant.codebooks import CODEBOOKS
 from lwquant.errors import CheckpointError, OutputError
 from lwquant.export import load
 from lwquant.export.save import ModelWriter
@@ -35,6 +37,7 @@ MENU = (
     QuantScheme(16),
     QuantScheme(6, 16),
     QuantScheme(8, 4096),
+    QuantScheme(4, 32, scale_bits=8, codebook="nf4"),
     QuantScheme(3, 32, scale_bits=8),
 )
 SHARD_BYTES = 40_000
@@ -52,19 +55,22 @@ class Folders:
 
 
 def rounded(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
-    """Round to the nearest of evenly spaced values over each group's range."""
+    """Round to the nearest of evenly spaced values over each group's range, or of a codebook."""
     codes, scales, zeros = [], [], []
     for part in weight.split(scheme.group_size, dim=1):
         low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
         middle = torch.full_like(low, 2 ** (scheme.bits - 1))
-        if scheme.symmetric:
+        if scheme.codebook:
+            scale, zero = storable_scale(torch.maximum(-low, high), scheme), middle
+            nearest = nearest_values(part / scale[:, None], CODEBOOKS[scheme.codebook])
+        elif scheme.symmetric:
             scale = storable_scale(torch.maximum(-low, high) / middle, scheme)
             zero = middle
         else:
             scale = storable_scale((high - low) / scheme.max_code, scheme)
             zero = (-low / scale).round().clamp(0, scheme.max_code)
         steps = (part / scale[:, None]).round() + zero[:, None]
-        codes.append(steps.clamp(0, scheme.max_code).byte())
+        codes.append((nearest if scheme.codebook else steps.clamp(0, scheme.max_code)).byte())
         scales.append(scale.half())
         zeros.append(zero.byte())
     return QuantizedWeight(
