@@ -45,7 +45,7 @@ def quantease(
         refit: fit the scales to the codes after each rounding sweep.
         search: as for gptq().
 
-    Raises ValueError as gptq() does.
+    Raises ValueError as gptq() does, and for a codebook.
     """
     even_steps_only(scheme)
     hessian, order = _damped(stats, weight.device, damping)
