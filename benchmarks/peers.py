@@ -293,7 +293,7 @@ def run(name: str, model: Model, model_name: str, judge: Judge, arguments) -> Ro
     shown = f"{peer.script} {json.dumps(settings)}"
     if name.startswith("lwquant/"):
         sources = [str(path) for path in model.calibration]
-        settings = {**settings, "sources": sources, "held_out": HELD_OUT}
+        settings = {**settings, "sources": sources, "held_out": HELD_OUT, "commit": commit()}
     command = [str(python), str(HERE / "peer_runs" / peer.script), "--model", str(model.folder)]
     command += ["--tokens", str(judge.tokens), "--output", str(output)]
     command += ["--settings", json.dumps(settings)]

@@ -40,6 +40,15 @@ RANDOM_SEEDS = (0, 1, 2)
 REMEASURE_ROUNDS, REMEASURE_WINDOWS = 3, 16
 TUNE_WINDOWS = 64
 LOWERED = ("lim", "zd", *(f"random-{seed}" for seed in RANDOM_SEEDS))
+# How each section rounds; the rows of the section "rounding" say it themselves.
+ROUNDING = {
+    "allocation-rtn": "rtn",
+    "allocation-gptq": "gptq",
+    "allocation": "gptq+qep",
+    "blocks": "rtn",
+    "preset": "preset",
+    "tuned": "preset",
+}
 # The uniform row that each section's mixed plans are compared with: same rounding, same bits.
 UNIFORM = {
     "allocation-rtn": "allocation-rtn/{}/uniform",
@@ -112,23 +121,19 @@ def run(name: str) -> Row:
         windows = drawn.calibration
         text = (DATA / "wikitext-2-raw-test.txt").read_text(encoding="utf-8")
         tested = evenly_spread_windows(tokenize(text, opened.tokenizer), SEQ_LEN, WINDOWS)
-        method = {
-            "rtn": ("rtn", "none"),
-            "gptq": ("gptq", "none"),
-            "gptq+qep": ("gptq", "qep"),
-        }.get(rest[-1] if section == "rounding" else "", (recipe.quantizer, recipe.correction))
-        if section in ("blocks", "allocation-rtn"):
-            method = ("rtn", "none")
-            recipe = recipe.changed(quantizer="rtn")
-        if section == "allocation-gptq":
-            method = ("gptq", "none")
+        how = rest[-1] if section == "rounding" else ROUNDING[section]
+        rounding = recipe.rounding()
+        if how != "preset":
+            quantizer, _, correction = how.partition("+")
+            rounding = rounding_of(quantizer, correction or "none")
+            recipe = recipe.changed(quantizer=quantizer)
         plan, measuring = plan_for(section, rest, opened, windows, recipe)
         start = time.monotonic()
-        tokens = windows.tokens if method[0] != "rtn" else windows.tokens[:1]
+        tokens = windows.tokens if how != "rtn" else windows.tokens[:1]
         quality = measure_plan(
             opened.decoder,
             plan,
-            rounding_of(*method),
+            rounding,
             tokens,
             tested,
             progress=_quiet,
@@ -193,7 +198,6 @@ def remeasured_plan(opened, windows, bpw, recipe):
     """The exact plan of costs measured around the plan, and the seconds they took."""
     import torch
 
-    from lwquant.recipe import rounding_of
     from lwquant.remeasure import remeasured
     from lwquant.stages import plan_report
     from lwquant.types import SensitivityReport
@@ -206,7 +210,7 @@ def remeasured_plan(opened, windows, bpw, recipe):
         blank,
         plan_report(blank, bpw, recipe=recipe.changed(allocator="uniform")),
         lambda costs: plan_report(costs, bpw, recipe=recipe),
-        rounding_of(recipe.quantizer, "none").quantizer,
+        recipe.cost_quantizer(),
         windows.tokens[:REMEASURE_WINDOWS],
         REMEASURE_ROUNDS,
         _quiet,

@@ -22,7 +22,7 @@ from lwquant.allocators.problem import Array, Problem
 from lwquant.best_plan import best_plan
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
-from lwquant.recipe import Recipe, rounding_of
+from lwquant.recipe import Recipe
 from lwquant.stages import few_windows, plan_report, problem_for
 from lwquant.swapped_model import SwappedModel, quantize_apart
 from lwquant.types import BitPlan, QuantScheme, SensitivityReport
@@ -50,7 +50,7 @@ def searched_plan(
     search = Search(problem, choice_of(problem, start), budget)
     decoder = opened.decoder
     calibration = few_windows(windows.calibration, recipe).tokens
-    quantizer = rounding_of(recipe.quantizer, "none").quantizer
+    quantizer = recipe.cost_quantizer()
     weights = quantize_apart(decoder, calibration, search.menus(), quantizer, progress=progress)
     tokens = windows.calibration.tokens[-SEARCH_WINDOWS:]
     model = SwappedModel(decoder, weights, tokens, start.schemes)

@@ -15,7 +15,7 @@ from lwquant.codebooks import CODE_BITS
 from lwquant.corrections import CORRECTIONS
 from lwquant.errors import LwquantError
 from lwquant.importance import IMPORTANCES, TokenWeighting
-from lwquant.quantizers import QUANTIZERS, bnb, refuse_scheme
+from lwquant.quantizers import QUANTIZERS, Quantizer, bnb, refuse_scheme, without_descent
 from lwquant.quantizers.bnb import require_bitsandbytes
 from lwquant.sensitivity import METRICS
 from lwquant.transforms import TRANSFORMS
@@ -40,7 +40,7 @@ class Recipe:
     transform: Method = "none"
     metric: Method = "fisher"
     allocator: Method = "exact"
-    quantizer: Method = "gptq"
+    quantizer: Method = "quantease"
     correction: Method = "qep"
     token_importance: Method = "none"  # how much each calibration token counts; see importance/
     importance_floor: float = 0.1  # least weight in a window, as a share of the largest
@@ -110,6 +110,10 @@ class Recipe:
         plain = rounding_of(self.quantizer, self.correction)
         weighting = weighting_of(self.token_importance, self.importance_floor)
         return replace(plain, weighting=weighting, polish=self.polish)
+
+    def cost_quantizer(self) -> Quantizer:
+        """What costs are measured with; LwquantError for an unknown name."""
+        return without_descent(rounding_of(self.quantizer, "none").quantizer)
 
     def changed(self, **settings: Any) -> Recipe:
         """A copy with those settings that are not None."""

@@ -16,7 +16,7 @@ from lwquant.best_plan import best_plan
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.quantizers import Quantizer
-from lwquant.recipe import Recipe, rounding_of
+from lwquant.recipe import Recipe
 from lwquant.sensitivity.around_plan import around_plan
 from lwquant.stages import few_windows, plan_report
 from lwquant.types import BitPlan, SensitivityReport
@@ -43,7 +43,7 @@ def remeasured_plan(
         report,
         uniform,
         lambda costs: plan_report(costs, bpw, recipe=recipe),
-        rounding_of(recipe.quantizer, "none").quantizer,
+        recipe.cost_quantizer(),
         few_windows(windows.calibration, recipe).tokens,
         recipe.remeasure,
         progress,

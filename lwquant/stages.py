@@ -21,7 +21,6 @@ from lwquant.recipe import (
     allocator_of,
     load_recipe,
     metric_of,
-    rounding_of,
     transform_of,
 )
 from lwquant.sensitivity.report import measure_sensitivity, read_report
@@ -46,7 +45,7 @@ def measure_model(
     """
     progress = progress or StderrProgress()
     chosen, texts = merged(recipe, calibration, settings)
-    metric_of(chosen.metric), rounding_of(chosen.quantizer, "none")  # fail here, not later
+    metric_of(chosen.metric), chosen.cost_quantizer()  # fail here, not later
     with fast_float32():
         opened = open_model(model, device, revision, transform_of(chosen.transform))
         windows = prepare_tokens(opened, chosen, texts, progress)
@@ -98,7 +97,7 @@ def measure(
         few_windows(windows, recipe),
         recipe.schemes(),
         metric_of(recipe.metric),
-        rounding_of(recipe.quantizer, "none").quantizer,
+        recipe.cost_quantizer(),
         model=opened.name,
         progress=progress,
     )

@@ -1,20 +1,23 @@
 """lwquant itself, through its public API: the default preset at a budget, or uniform GPTQ.
 
 Settings: sources (paths of the calibration texts), held_out, and bpw, or uniform_bits and
-group_size. The weights are those of the saved folder, unpacked.
+group_size. The weights are those of the saved folder, unpacked. The presets of one commit measure
+their costs once, and each row's seconds include those of that measurement.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
-import torch
-from shared import LINEAR, hand_back, own_logits, read_job
+from shared import LINEAR, Job, hand_back, own_logits, read_job
 from transformers import AutoModelForCausalLM
 
 import lwquant
 from lwquant.nn.linear import QuantizedLinear
-from lwquant.types import QuantScheme
+from lwquant.recipe import load_recipe
+from lwquant.sensitivity.report import write_report
 
 
 def main() -> None:
@@ -28,16 +31,21 @@ def main() -> None:
             for name, module in AutoModelForCausalLM.from_pretrained(job.model).named_modules()
             if LINEAR.fullmatch(f"{name}.weight")
         ]
-        scheme = QuantScheme(wanted["uniform_bits"], wanted["group_size"])
+        recipe = load_recipe("default").changed(group_size=wanted["group_size"])
+        scheme = recipe.scheme(wanted["uniform_bits"])
         stored = sum(scheme.stored_bits(*linear.weight.shape) for linear in linears)
         bpw = stored / sum(linear.weight.numel() for linear in linears)
         # A uniform plan needs no costs; the cheapest metric fills the report.
         settings |= {"allocator": "uniform", "correction": "none", "metric": "outlier_count"}
-        settings |= {"group_size": wanted["group_size"], "tune": 0}
+        settings |= {"quantizer": "gptq", "group_size": wanted["group_size"]}
+        settings |= {"polish": 0, "tune": 0}
+        report, costs = None, 0.0
+    else:
+        report, costs = costs_of(job, settings)
     folder = job.output / "saved"
     start = job.seconds()
-    lwquant.quantize(job.model, bpw=bpw, output=folder, **settings)
-    seconds = job.seconds() - start
+    lwquant.quantize(job.model, bpw=bpw, report=report, output=folder, **settings)
+    seconds = costs + job.seconds() - start
     run = json.loads((folder / "lwquant.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
     weights, bits = {}, 0
@@ -59,6 +67,16 @@ def main() -> None:
     )
 
 
+def costs_of(job: Job, settings: dict[str, Any]) -> tuple[Path, float]:
+    """The sensitivity report of this commit, and the seconds that it took."""
+    path = job.output.parent / f"lwquant-costs-{job.settings['commit']}.json"
+    took = path.with_suffix(".seconds")
+    if not took.exists():
+        start = job.seconds()
+        write_report(lwquant.measure_model(job.model, **settings), path)
+        took.write_text(str(job.seconds() - start), encoding="utf-8")
+    return path, float(took.read_text(encoding="utf-8"))
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

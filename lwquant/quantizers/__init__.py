@@ -19,7 +19,7 @@ from lwquant.quantizers.bnb import bnb, bnb_schemes_only
 from lwquant.quantizers.gptq import gptq
 from lwquant.quantizers.grid import even_steps_only
 from lwquant.quantizers.hqq import hqq
-from lwquant.quantizers.quantease import quantease
+from lwquant.quantizers.quantease import quantease, without_descent
 from lwquant.quantizers.rtn import rtn
 from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
 
@@ -51,4 +51,5 @@ __all__ = [
     "quantease",
     "refuse_scheme",
     "rtn",
+    "without_descent",
 ]

@@ -8,8 +8,9 @@ found (as the codebook step of GuidedQuant's LNQ, arXiv:2505.07004, here for gro
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Literal
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -68,6 +69,22 @@ def quantease(
             grid = refit_scales(weight, hessian, codes, grid)
             current = grid.dequantize(codes)
     return QuantizedWeight(scheme, codes.byte(), grid.scales.half(), grid.zeros.byte(), notes)
+
+
+def without_descent(quantizer: Callable[..., Any]) -> Callable[..., Any]:
+    """What `quantizer` starts from where it is quantease(start="gptq"), else itself.
+
+    The descent takes several times as long as GPTQ and changes little in which linears suffer most,
+    so this is what costs are measured with.
+    """
+    settings: dict[str, Any] = {}
+    if isinstance(quantizer, partial):
+        settings = quantizer.keywords
+    base = quantizer.func if isinstance(quantizer, partial) else quantizer
+    if base is not quantease or settings.get("start", "gptq") != "gptq":
+        return quantizer
+    shared = {key: settings[key] for key in ("damping", "search") if key in settings}
+    return partial(gptq, **shared) if shared else gptq
 
 
 @lru_cache(maxsize=1)

@@ -1,10 +1,12 @@
 """Coordinate descent and the scale refit, against brute force and least squares in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracles import proxy_loss
 
-from lwquant.quantizers import gptq, quantease
+from lwquant.quantizers import gptq, quantease, rtn, without_descent
 from lwquant.quantizers.grid import fit_grid
 from lwquant.quantizers.quantease import sweep
 from lwquant.quantizers.scales import refit_scales
@@ -147,3 +149,11 @@ def test_a_refit_keeps_the_scales_of_rows_that_it_cannot_improve():
     exact = grid.dequantize(codes)
     same = refit_scales(exact, inputs.T @ inputs, codes, grid)
     assert torch.equal(same.scales, grid.scales)
+
+
+def test_costs_are_measured_with_what_the_descent_starts_from():
+    assert without_descent(quantease) is gptq
+    kept = without_descent(partial(quantease, sweeps=2, damping=0.1, search=False))
+    assert kept.func is gptq and kept.keywords == {"damping": 0.1, "search": False}
+    for other in (rtn, gptq, partial(gptq, damping=0.1), partial(quantease, start="weight")):
+        assert without_descent(other) is other

@@ -7,7 +7,7 @@ import pytest
 from lwquant.corrections import error_propagation
 from lwquant.errors import LwquantError
 from lwquant.importance import positions
-from lwquant.quantizers import gptq, rtn
+from lwquant.quantizers import gptq, quantease, rtn
 from lwquant.recipe import Recipe, load_recipe, metric_of, rounding_of
 from lwquant.stages import EFFORTS, merged
 
@@ -88,7 +88,7 @@ def test_a_recipe_says_how_tokens_are_weighted():
     named = {"name": "positions", "last": 0.25}
     recipe = Recipe(token_importance=named, importance_floor=0.02, correction="none")
     rounding = recipe.rounding()
-    assert rounding.correction is None and rounding.quantizer is gptq
+    assert rounding.correction is None and rounding.quantizer is quantease
     assert rounding.weighting.floor == 0.02
     assert rounding.weighting.score.func is positions
     assert rounding.weighting.score.keywords == {"last": 0.25}
