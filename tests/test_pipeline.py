@@ -235,7 +235,13 @@ def test_gptq_with_a_codebook_and_tuned_scales_comes_closer_than_bnb(
     tiny_folder, calibration, tmp_path
 ):
     recipe = replace(
-        SMALL, sources=(calibration,), bits=(4, 16), codebook="nf4", allocator="uniform", tune=24
+        SMALL,
+        sources=(calibration,),
+        bits=(4, 16),
+        codebook="nf4",
+        quantizer="gptq",
+        allocator="uniform",
+        tune=24,
     )
     plain = replace(recipe, quantizer="bnb", correction="none", tune=0)
     runs = [

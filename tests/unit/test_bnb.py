@@ -168,4 +168,4 @@ def test_the_shipped_recipe_is_nf4_int8_rows_and_16_bits():
     )
     assert recipe.scheme(4) == recipe.schemes()[0] and recipe.scheme(8) == INT8_ROWS
     assert replace(recipe, codebook="fp4").scheme(4).label == "fp4-g64"
-    assert Recipe(codebook="nf4").schemes()[2].label == "nf4-g64-s8"  # with gptq, the default
+    assert Recipe(codebook="nf4", quantizer="gptq").schemes()[2].label == "nf4-g64-s8"
