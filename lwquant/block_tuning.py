@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lwquant.model.structure import as_linear, set_weight
-from lwquant.quantizers.grid import in_window, storable_scale
+from lwquant.quantizers.grid import even_steps_only, in_window, storable_scale
 from lwquant.types import QuantizedWeight
 
 EDGE = 0.49  # how far from its code, in steps of the grid, a weight may start
@@ -162,8 +162,10 @@ def tune_block(
         rate: of the positions of the weights between the codes, in steps of the grid per step.
         scale_rate: of the scales, relative.
 
-    Raises ValueError for fewer than two samples.
+    Raises ValueError for fewer than two samples, and for codes of a codebook.
     """
+    for linear in linears.values():
+        even_steps_only(linear.start.scheme)
     n_samples = len(inputs)
     if n_samples < 2:
         raise ValueError(f"n_samples={n_samples} leaves none to hold out; at least 2 are needed")

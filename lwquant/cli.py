@@ -37,7 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Transform = Annotated[str | None, typer.Option(help="rotate or none.")]
 Metric = Annotated[str | None, typer.Option(help="Sensitivity metric.")]
 Allocator = Annotated[str | None, typer.Option(help="uniform, ranked, spikes or exact.")]
-Quantizer = Annotated[str | None, typer.Option(help="rtn, hqq, gptq or quantease.")]
+Quantizer = Annotated[str | None, typer.Option(help="rtn, hqq, gptq, quantease or bnb.")]
 Correction = Annotated[str | None, typer.Option(help="qep, gptaq or none.")]
 TokenImportance = Annotated[
     str | None, typer.Option(help="How calibration tokens count, e.g. attention_concentration.")

@@ -47,13 +47,13 @@ class _Tuned:
         return in_window(storable_scale(moved, scheme), scheme)
 
     def dequantize(self) -> Tensor:
-        return self._steps() * self.scales()[:, self._expand()]
+        return self.weight.steps() * self.scales()[:, self.weight.group_of_inputs()]
 
     def slope(self, gradient: Tensor) -> Tensor:
         """Gradient in the shift, from that in the weight (out_features, in_features)."""
         scales = self.scales()
-        sums = torch.zeros_like(scales)
-        return sums.index_add_(1, self._expand(), gradient * self._steps()) * scales
+        sums, groups = torch.zeros_like(scales), self.weight.group_of_inputs()
+        return sums.index_add_(1, groups, gradient * self.weight.steps()) * scales
 
     def step(self, gradient: Tensor, rate: float, number: int) -> None:
         """One step of Adam, the `number`th, from 1."""
@@ -63,13 +63,6 @@ class _Tuned:
         mean = self.mean / (1 - first**number)
         square = self.square / (1 - second**number)
         self.shift.sub_(rate * mean / square.sqrt().add_(1e-12))
-
-    def _expand(self) -> Tensor:
-        n, device = self.weight.codes.shape[1], self.weight.codes.device
-        return torch.arange(n, device=device) // self.weight.scheme.group_size
-
-    def _steps(self) -> Tensor:
-        return self.weight.codes.float() - self.weight.zeros.float()[:, self._expand()]
 
 
 @torch.no_grad()

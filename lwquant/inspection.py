@@ -32,6 +32,7 @@ class Inspection:
                 name: {
                     "bits": linear.bits,
                     "group_size": linear.group_size,
+                    "codebook": linear.codebook,
                     "metric_cost": linear.cost,
                 }
                 for name, linear in self.record.linears.items()

@@ -36,7 +36,14 @@ from lwquant.methods import describe
 from lwquant.pair_terms import paired_plan
 from lwquant.prepare import OpenModel, Windows, bpw_of_size, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
-from lwquant.recipe import Recipe, Rounding, allocator_of, metric_of, transform_of
+from lwquant.recipe import (
+    Recipe,
+    Rounding,
+    allocator_of,
+    metric_of,
+    refuse_schemes,
+    transform_of,
+)
 from lwquant.remeasure import remeasured_plan
 from lwquant.search import smallest_plan
 from lwquant.sensitivity.report import read_report, write_report
@@ -126,10 +133,12 @@ def quantize(
         opened = open_model(model, device, revision, transform)
         check_roles(opened.decoder.linears, rounding.unclipped_qk)
         target = bpw_of_size(opened, size) if size is not None else bpw
-        given = _given_plan(plan, opened, chosen)
+        given = _given_plan(plan, opened, chosen, rounding)
+        known = read_report(Path(report)) if isinstance(report, str | Path) else report
         if given is None:
             check_times(opened, chosen)
-        known = read_report(Path(report)) if isinstance(report, str | Path) else report
+            if known is not None:
+                refuse_schemes(rounding.quantizer, rounding.polish, known.schemes)
         check_report(known, opened)
         check_row_groups(opened.decoder, rounding.guided)
         if target is not None:
@@ -261,18 +270,19 @@ def sixteen_bits(weight: Tensor, opened: OpenModel, name: str) -> Tensor:
 
 
 def _given_plan(
-    plan: str | Path | BitPlan | None, opened: OpenModel, recipe: Recipe
+    plan: str | Path | BitPlan | None, opened: OpenModel, recipe: Recipe, rounding: Rounding
 ) -> BitPlan | None:
     """The plan, checked, with the decode time that the recipe's table predicts for it."""
     linears = opened.decoder.linears
     if isinstance(plan, str | Path):
         plan = read_plan(Path(plan), linears)
-    elif plan is not None and plan.schemes.keys() != {spec.name for spec in linears}:
+    if plan is None:
+        return None
+    if plan.schemes.keys() != {spec.name for spec in linears}:
         raise PlanError("the plan names other linears than the model has")
+    refuse_schemes(rounding.quantizer, rounding.polish, plan.schemes.values())
     times = recipe.times()
-    if plan is None or times is None:
-        return plan
-    return replace(plan, decode_us=times.of_plan(plan.schemes, linears))
+    return plan if times is None else replace(plan, decode_us=times.of_plan(plan.schemes, linears))
 
 
 def _one_budget(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.resources import files
@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lwquant.allocators import ALLOCATORS
+from lwquant.codebooks import CODE_BITS
 from lwquant.corrections import CORRECTIONS
 from lwquant.decode_times import BENCHMARK, DecodeTimes, read_decode_times
 from lwquant.errors import LwquantError
 from lwquant.importance import IMPORTANCES, TokenWeighting
-from lwquant.quantizers import QUANTIZERS, Quantizer, without_descent
+from lwquant.quantizers import QUANTIZERS, Quantizer, bnb, refuse_scheme, without_descent
+from lwquant.quantizers.bnb import require_bitsandbytes
 from lwquant.sensitivity import METRICS
 from lwquant.transforms import TRANSFORMS
-from lwquant.types import QuantScheme, Records
+from lwquant.types import FLOAT_BITS, WHOLE_ROW, QuantScheme, Records
 
 UNCLIPPING = (QUANTIZERS["gptq"], QUANTIZERS["quantease"])  # can spare rows the range search
 
@@ -53,6 +55,8 @@ class Recipe:
     symmetric: bool = False
     scale_bits: int = 8  # 16: scales as plain float16
     unclipped_qk: float = 0.0  # share of q and k rows with full range; see massive_channels.py
+    codebook: str = ""  # nf4 or fp4: the values of 4-bit codes, in place of even steps
+    row_bits: tuple[int, ...] = ()  # widths with one scale per row and no zeros; 8 is LLM.int8
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
     polish: int = 0  # steps of learned rounding per block; see block_tuning.py
     tune: int = 0  # further windows to tune all scales together on; see finetune.py
@@ -82,6 +86,12 @@ class Recipe:
             raise LwquantError(f"expand={self.expand} is above seq_len={self.seq_len}")
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise LwquantError(f"bits={self.bits} must be different widths, at least one")
+        if self.codebook and CODE_BITS not in self.bits:
+            raise LwquantError(f"codebook={self.codebook!r} is for 4 bits, bits={self.bits}")
+        if not set(self.row_bits) <= set(self.bits) - {FLOAT_BITS}:
+            raise LwquantError(
+                f"row_bits={self.row_bits} are not all quantized widths of {self.bits}"
+            )
         if self.max_decode_us is not None:
             if not self.max_decode_us > 0:
                 raise LwquantError(f"max_decode_us={self.max_decode_us} must be above 0")
@@ -91,23 +101,28 @@ class Recipe:
                     f"`python {BENCHMARK} --shapes OUTxIN,... --write FILE` measures on the "
                     "machine that is to decode"
                 )
-        self.schemes()
+        refuse_schemes(
+            _look_up("quantizer", QUANTIZERS, self.quantizer), self.polish, self.schemes()
+        )
 
     def schemes(self) -> tuple[QuantScheme, ...]:
         """The menu: narrow to wide, and from large groups to small ones within a width."""
         sizes = sorted({self.group_size, *self.more_group_sizes}, reverse=True)
         try:
-            every = [
-                QuantScheme(width, size, self.symmetric, self.scale_bits)
-                for width in sorted(self.bits)
-                for size in sizes
-            ]
-            return tuple(dict.fromkeys(every))  # 16 bits have no groups
+            every = [self._scheme(width, size) for width in sorted(self.bits) for size in sizes]
+            return tuple(dict.fromkeys(every))  # 16 bits and whole rows have no groups
         except ValueError as error:
             raise LwquantError(str(error)) from error
 
     def scheme(self, bits: int) -> QuantScheme:
-        return QuantScheme(bits, self.group_size, self.symmetric, self.scale_bits)
+        return self._scheme(bits, self.group_size)
+
+    def _scheme(self, bits: int, group_size: int) -> QuantScheme:
+        codebook = self.codebook if bits == CODE_BITS else ""
+        if bits in self.row_bits:
+            # A row with a single scale spends two bytes on it either way.
+            return QuantScheme(bits, WHOLE_ROW, symmetric=True, codebook=codebook)
+        return QuantScheme(bits, group_size, self.symmetric, self.scale_bits, codebook)
 
     def rounding(self) -> Rounding:
         """Everything about how linears are rounded; LwquantError for unknown names."""
@@ -195,7 +210,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     if unknown:
         raise LwquantError(f"recipe {where}: unknown setting {unknown[0]!r}")
     try:
-        for name in ("sources", "bits", "more_group_sizes"):
+        for name in ("sources", "bits", "more_group_sizes", "row_bits"):
             if name in settings:
                 settings[name] = tuple(settings[name])
         recipe = Recipe(**settings)
@@ -236,9 +251,29 @@ class Rounding:
     unclipped_qk: float = 0.0  # share of the rows of queries and keys that keep their full range
 
 
+def refuse_schemes(
+    quantizer: Callable[..., Any], polish: int, schemes: Iterable[QuantScheme]
+) -> None:
+    """LwquantError for the first scheme that the quantizer or learned rounding cannot handle."""
+    for scheme in schemes:
+        if polish and scheme.codebook:
+            raise LwquantError(
+                f"polish={polish} learns codes of even steps, which scheme {scheme.label} has not"
+            )
+        try:
+            refuse_scheme(quantizer, scheme)
+        except ValueError as error:
+            raise LwquantError(str(error)) from error
+
+
 def rounding_of(quantizer: Method, correction: Method) -> Rounding:
-    """Resolve both. "gptaq" is GPTQ's own asymmetric term, so it needs GPTQ and excludes QEP."""
+    """Resolve both. "gptaq" is GPTQ's own asymmetric term, so it needs GPTQ and excludes QEP.
+
+    LwquantError for unknown names, and for bnb where bitsandbytes is missing.
+    """
     resolved = _look_up("quantizer", QUANTIZERS, quantizer)
+    if resolved is bnb:
+        require_bitsandbytes()
     named = {"name": correction} if isinstance(correction, str) else correction
     if isinstance(named, Mapping) and named.get("name") == "none":
         return Rounding(resolved, None, "inputs")

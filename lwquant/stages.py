@@ -47,7 +47,7 @@ def measure_model(
     """
     progress = progress or StderrProgress()
     chosen, texts = merged(recipe, calibration, settings)
-    metric_of(chosen.metric)
+    metric_of(chosen.metric), chosen.cost_quantizer()  # fail here, not later
     with fast_float32():
         opened = open_model(model, device, revision, transform_of(chosen.transform))
         windows = prepare_tokens(opened, chosen, texts, progress)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lwquant.types import BitPlan, SensitivityReport
+from lwquant.types import WHOLE_ROW, BitPlan, SensitivityReport
 
 if TYPE_CHECKING:  # these modules import what draws the tables
     from lwquant.evaluation.evaluate import Evaluation
@@ -187,7 +187,12 @@ def print_inspection(found: Inspection) -> None:
         f"cost by {record.metric.get('name')}",
         ["linear", "bits", "group", "cost"],
         [
-            [name, entry.bits, entry.group_size, "" if entry.cost is None else f"{entry.cost:.3g}"]
+            [
+                name,
+                entry.codebook or entry.bits,
+                "row" if entry.group_size == WHOLE_ROW else entry.group_size,
+                "" if entry.cost is None else f"{entry.cost:.3g}",
+            ]
             for name, entry in record.linears.items()
         ],
     )

@@ -13,10 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lwquant.codebooks import CODE_BITS, CODEBOOKS, values_of
+
 WORD_BITS = 32
 SCALE_BITS = (8, 16)
 FLOAT_BITS = 16
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+WHOLE_ROW = 2**20  # a group size above any in_features: one group per row
 
 # What a walk records of a linear besides its inputs: nothing; what the residual stream lacks after
 # it, or else how its inputs differ from the float model's; or both.
@@ -39,12 +42,15 @@ class QuantScheme:
     `bits` 16 means "left as a 16-bit float"; its group size is 0. A group size that does not
     divide in_features leaves a shorter last group; one at least in_features means one per row.
     `scale_bits` 8 stores scales as lwquant/ops/scale_bytes.py says, 16 as float16.
+    `codebook` names what 4-bit codes stand for in units of the scale, see lwquant/codebooks.py, and
+    has no zeros: it counts as symmetric. "" means even steps.
     """
 
     bits: int
     group_size: int = 64
     symmetric: bool = False
     scale_bits: int = 16
+    codebook: str = ""
 
     def __post_init__(self) -> None:
         if self.bits == FLOAT_BITS:
@@ -57,6 +63,12 @@ class QuantScheme:
             raise ValueError(f"group_size={self.group_size} must be at least 1")
         elif self.scale_bits not in SCALE_BITS:
             raise ValueError(f"scale_bits={self.scale_bits} is not one of {SCALE_BITS}")
+        if self.codebook:
+            if self.codebook not in CODEBOOKS:
+                raise ValueError(f"codebook={self.codebook!r} is not one of {tuple(CODEBOOKS)}")
+            if self.bits != CODE_BITS:
+                raise ValueError(f"codebook={self.codebook!r} needs bits=4, not {self.bits}")
+            object.__setattr__(self, "symmetric", True)
 
     @property
     def is_float(self) -> bool:
@@ -74,12 +86,16 @@ class QuantScheme:
         ('3b-g64', '4b-g128-sym', '16b')
         >>> QuantScheme(3, scale_bits=8).label
         '3b-g64-s8'
+        >>> QuantScheme(4, codebook="nf4").label, QuantScheme(8, WHOLE_ROW, symmetric=True).label
+        ('nf4-g64', '8b-row-sym')
         """
         if self.is_float:
             return f"{FLOAT_BITS}b"
-        symmetric = "-sym" if self.symmetric else ""
+        codes = self.codebook or f"{self.bits}b"
+        group = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
+        symmetric = "-sym" if self.symmetric and not self.codebook else ""
         scales = f"-s{self.scale_bits}" if self.scale_bits != 16 else ""
-        return f"{self.bits}b-g{self.group_size}{symmetric}{scales}"
+        return f"{codes}-{group}{symmetric}{scales}"
 
     @classmethod
     def parse(cls, label: str) -> QuantScheme:
@@ -90,12 +106,20 @@ class QuantScheme:
         """
         if label == f"{FLOAT_BITS}b":
             return cls(FLOAT_BITS)
-        match = re.fullmatch(r"(\d+)b-g(\d+)(-sym)?(?:-s(\d+))?", label)
-        if match is None:
+        codebooks = "|".join(CODEBOOKS)
+        match = re.fullmatch(rf"(?:(\d+)b|({codebooks}))-(?:g(\d+)|row)(-sym)?(?:-s(\d+))?", label)
+        if match is None or (match[2] and match[4]):
             raise ValueError(
-                f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym', '3b-g64-s8' or '16b'"
+                f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym', '3b-g64-s8',"
+                " 'nf4-g64', '8b-row-sym' or '16b'"
             )
-        return cls(int(match[1]), int(match[2]), match[3] is not None, int(match[4] or 16))
+        return cls(
+            int(match[1] or CODE_BITS),
+            int(match[3] or WHOLE_ROW),
+            symmetric=match[4] is not None,
+            scale_bits=int(match[5] or 16),
+            codebook=match[2] or "",
+        )
 
     def n_groups(self, in_features: int) -> int:
         return 0 if self.is_float else -(-in_features // self.group_size)
@@ -142,7 +166,10 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes and their grid, device- and kernel-agnostic: w ≈ (codes − zeros) · scales."""
+    """Codes and their grid, device- and kernel-agnostic: w ≈ (codes − zeros) · scales.
+
+    With a codebook w ≈ value of the code · scales; every zero is then 8, and says nothing.
+    """
 
     scheme: QuantScheme
     codes: Tensor  # (out_features, in_features) uint8
@@ -152,10 +179,18 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """The weight the kernels compute with, (out_features, in_features) float32."""
-        in_features = self.codes.shape[1]
-        expand = torch.arange(in_features, device=self.codes.device) // self.scheme.group_size
-        steps = self.codes.float() - self.zeros.float()[:, expand]
-        return steps * self.scales.float()[:, expand]
+        return self.steps() * self.scales.float()[:, self.group_of_inputs()]
+
+    def steps(self) -> Tensor:
+        """The weight in units of its groups' scales, (out_features, in_features) float32."""
+        if self.scheme.codebook:
+            return values_of(self.codes, self.scheme.codebook)
+        return self.codes.float() - self.zeros.float()[:, self.group_of_inputs()]
+
+    def group_of_inputs(self) -> Tensor:
+        """The number of each input's group, (in_features,)."""
+        inputs = torch.arange(self.codes.shape[1], device=self.codes.device)
+        return inputs // self.scheme.group_size
 
 
 def join_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,13 +16,20 @@ def proxy_loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 
 
 def obs_codes(
-    weight: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, max_code: int, order: list[int]
+    weight: Tensor,
+    hessian: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    max_code: int,
+    order: list[int],
+    values: Sequence[float] | None = None,
 ) -> Tensor:
     """Optimal brain surgeon, column by column in `order`: round a column, then move the columns
     not yet rounded to the least-squares optimum given all that is rounded so far.
 
     Args:
         scales, zeros: (out_features, in_features), already expanded to columns.
+        values: what the codes stand for in units of the scale; None means code − zero.
 
     Returns codes (out_features, in_features).
     """
@@ -30,9 +38,13 @@ def obs_codes(
     codes = torch.empty_like(target)
     done: list[int] = []
     for column in order:
-        steps = result[:, column] / scales[:, column].double() + zeros[:, column].double()
-        codes[:, column] = steps.round().clamp(0, max_code)
-        result[:, column] = (codes[:, column] - zeros[:, column]) * scales[:, column]
+        scale, zero = scales[:, column].double(), zeros[:, column].double()
+        if values is None:
+            codes[:, column] = (result[:, column] / scale + zero).round().clamp(0, max_code)
+            result[:, column] = (codes[:, column] - zero) * scale
+        else:
+            codes[:, column] = nearest_values(result[:, column] / scale, values).double()
+            result[:, column] = torch.tensor(values).double()[codes[:, column].long()] * scale
         done.append(column)
         rest = [c for c in order if c not in done]
         if rest:
@@ -42,6 +54,11 @@ def obs_codes(
                 target[:, rest] - torch.linalg.solve(hessian[rest][:, rest], moved.T).T
             )
     return codes
+
+
+def nearest_values(targets: Tensor, values: Sequence[float]) -> Tensor:
+    """The position in `values` of the one nearest to each target, by trying all; in float64."""
+    return (targets.double()[..., None] - torch.tensor(values).double()).abs().argmin(-1)
 
 
 def best_plan(

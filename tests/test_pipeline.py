@@ -27,6 +27,7 @@ from lwquant.errors import (
 )
 from lwquant.export.folder import verify
 from lwquant.held_out import measure_plan
+from lwquant.inspection import inspect_folder
 from lwquant.recipe import Recipe, rounding_of
 from lwquant.streams import first_half
 from lwquant.types import QuantScheme
@@ -179,6 +180,78 @@ def test_learned_rounding_is_saved_noted_and_brings_the_model_closer(
         wanted = original(windows.held_out).logits[:, :-1].log_softmax(-1)
     kl = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
     assert kl == pytest.approx(learned.held_out.kl_divergence, rel=1e-3)
+
+
+def test_the_bnb_recipe_mixes_nf4_with_int8_rows_and_the_result_runs(
+    tiny_folder, calibration, tmp_path
+):
+    settings = {"n_samples": 12, "seq_len": 96, "held_out": 6, "sensitivity_samples": 8}
+    result = quantized(
+        tiny_folder, tmp_path / "out", calibration, bpw=5.5, recipe="bnb", **settings
+    )
+    assert {s.label for s in result.plan.schemes.values()} >= {"nf4-g64", "8b-row-sym"}
+    assert result.bpw <= 5.5 and result.held_out.kl_divergence < 0.05
+    tensors = load_file(result.folder / "model.safetensors")
+    names = [n for n in tensors if n.endswith((".qweight", ".scales", ".zeros"))]
+    assert not any(n.endswith(".zeros") for n in names)
+    packed = AutoModelForCausalLM.from_pretrained(result.folder)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    n_weights = stored = 0
+    with torch.no_grad():
+        for name, scheme in result.plan.schemes.items():
+            weight = plain.get_submodule(name).weight
+            n_weights += weight.numel()
+            if scheme.is_float:
+                stored += 16 * weight.numel()
+                continue
+            stored += sum(8 * tensors[n].nbytes for n in names if n.startswith(name + "."))
+            weight.copy_(packed.get_submodule(name).dequantize())
+        assert stored / n_weights == pytest.approx(result.bpw, abs=1e-9)
+        tokens = torch.randint(512, (2, 48))  # enough for the kernels to compute in plain float32
+        got, wanted = packed(tokens).logits, plain(tokens).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    found = json.loads((result.folder / "lwquant.json").read_text())
+    assert found["quantizer"] == {"name": "bnb"}
+    assert {entry["codebook"] for entry in found["linears"].values()} == {"nf4", ""}
+    records = inspect_folder(result.folder).linears
+    assert all(records[n].codebook == s.codebook for n, s in result.plan.schemes.items())
+    # The plan that was written is one that can be read, and refused by what has no such codes.
+    plan = {"plan": result.folder / "plan.json"}
+    again = quantized(
+        tiny_folder, tmp_path / "again", calibration, recipe="bnb", **plan, **settings
+    )
+    assert again.plan.schemes == result.plan.schemes and again.bpw == result.bpw
+    for wrong, message in (({"quantizer": "hqq"}, "nf4-g64 has no"), ({"polish": 5}, "polish=5")):
+        recipe = replace(SMALL, **wrong)
+        with pytest.raises(LwquantError, match=message):
+            quantized(tiny_folder, tmp_path / "no", calibration, recipe=recipe, **plan)
+    with pytest.raises(LwquantError, match="nf4-g64 has no even steps"):
+        report = result.folder / "sensitivity.json"
+        recipe = replace(SMALL, quantizer="hqq")
+        quantized(tiny_folder, tmp_path / "no", calibration, bpw=5, recipe=recipe, report=report)
+    assert not (tmp_path / "no").exists()
+
+
+def test_gptq_with_a_codebook_and_tuned_scales_comes_closer_than_bnb(
+    tiny_folder, calibration, tmp_path
+):
+    recipe = replace(
+        SMALL,
+        sources=(calibration,),
+        bits=(4, 16),
+        codebook="nf4",
+        quantizer="gptq",
+        allocator="uniform",
+        tune=24,
+    )
+    plain = replace(recipe, quantizer="bnb", correction="none", tune=0)
+    runs = [
+        quantized(tiny_folder, tmp_path / name, calibration, bpw=4.33, recipe=chosen)
+        for name, chosen in (("gptq", recipe), ("bnb", plain))
+    ]
+    assert runs[0].bpw == runs[1].bpw
+    assert {s.label for s in runs[0].plan.schemes.values()} == {"nf4-g32-s8"}
+    assert runs[0].held_out.kl_divergence < 0.7 * runs[1].held_out.kl_divergence
 
 
 def inspect_notes(folder):

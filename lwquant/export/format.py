@@ -1,4 +1,4 @@
-"""The on-disk format, version 2: tensor names and the `quantization_config` of config.json.
+"""The on-disk format, version 3: tensor names and the `quantization_config` of config.json.
 
 A quantized linear `name` is stored as
     name.qweight  int32    (out_features, row_words(in_features, bits))  codes, row by row
@@ -6,7 +6,8 @@ A quantized linear `name` is stored as
                   uint8    (out_features, 1 + n_groups)  with scale_bits 8; ops/scale_bytes.py
     name.zeros    int32    (n_groups, row_words(out_features, bits))     absent when symmetric
 and `name.bias` as it was. A linear left at 16 bits keeps `name.weight`. Names are module paths of
-the transformers model. No other file makes up these names.
+the transformers model. No other file makes up these names. A linear with a `codebook` is stored as
+a symmetric one; what its codes stand for is in lwquant/codebooks.py, not in the file.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from lwquant.nn.linear import scale_dtype, stored_scales
 from lwquant.types import FLOAT_BITS, QuantizedWeight, QuantScheme, row_words
 
 QUANT_METHOD = "lwquant"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _CONFIG_KEYS = {"quant_method", "version", "bpw", "linears"}
-_LINEAR_KEYS = {"bits", "group_size", "symmetric", "scale_bits"}
+_LINEAR_KEYS = {"bits", "group_size", "symmetric", "scale_bits", "codebook"}
 
 
 def quantization_config(schemes: Mapping[str, QuantScheme], bpw: float) -> dict[str, Any]:
@@ -116,10 +117,15 @@ def _parse_linear(name: str, entry: Any) -> QuantScheme:
         raise CheckpointError(f"{where}: {dict(entry)} does not hold three ints and a bool")
     if entry["bits"] == FLOAT_BITS and (entry["group_size"], entry["symmetric"]) != (0, False):
         raise CheckpointError(f"{where}: 16 bits have no groups, got {dict(entry)}")
+    if not isinstance(entry["codebook"], str):
+        raise CheckpointError(f"{where}: codebook={entry['codebook']!r} is not a string")
     try:
-        return QuantScheme(**entry)
+        scheme = QuantScheme(**entry)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
+    if scheme.codebook and not entry["symmetric"]:
+        raise CheckpointError(f"{where}: a codebook has no zeros, so symmetric must be true")
+    return scheme
 
 
 def _check_keys(where: str, found: Mapping[str, Any], known: set[str]) -> None:

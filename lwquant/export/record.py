@@ -40,6 +40,7 @@ class LinearRecord:
     symmetric: bool
     scale_bits: int
     cost: float | None = None
+    codebook: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class RunRecord:
                 symmetric=entry.get("symmetric", _boolean),
                 scale_bits=entry.get("scale_bits", _integer),
                 cost=entry.optional("cost", _number),
+                codebook=entry.optional("codebook", _string) or "",
             )
             for name, entry in keys.children("linears")
         }

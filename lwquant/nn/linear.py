@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lwquant import ops
+from lwquant.ops.codebook import dequantize_codebook, linear_codebook
 from lwquant.ops.scale_bytes import encode_scales
 from lwquant.types import QuantizedWeight, QuantScheme, row_words
 
 
 class QuantizedLinear(nn.Module):
     """y = x Wᵀ + bias with W = (codes − zeros) · scales, unpacked only while it is multiplied.
+
+    With a codebook W = value of the code · scales, and there are no zeros.
 
     Buffers, the same in memory and in a file (bit layout: lwquant/ops/layout.py):
         qweight: (out_features, row_words(in_features, bits)) int32.
@@ -78,6 +81,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features), in the dtype of x, computed in float32."""
+        codebook, group_size = self.scheme.codebook, self.scheme.group_size
+        if codebook:
+            return linear_codebook(x, self.qweight, self.scales, self.bias, codebook, group_size)
         y: Tensor = torch.ops.lwquant.linear(
             x,
             self.qweight,
@@ -85,18 +91,23 @@ class QuantizedLinear(nn.Module):
             self.zeros,
             self.bias,
             self.scheme.bits,
-            self.scheme.group_size,
+            group_size,
         )
         return y
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features) float32."""
+        codebook, group_size = self.scheme.codebook, self.scheme.group_size
+        if codebook:
+            return dequantize_codebook(
+                self.qweight, self.scales, codebook, group_size, self.in_features
+            )
         weight: Tensor = torch.ops.lwquant.dequantize(
             self.qweight,
             self.scales,
             self.zeros,
             self.scheme.bits,
-            self.scheme.group_size,
+            group_size,
             self.in_features,
         )
         return weight

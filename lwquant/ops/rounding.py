@@ -1,7 +1,7 @@
 """The two inner loops of rounding, in plain torch and compiled.
 
-The compiled loops serve float32 tensors on the CPU; the others run here. Both compute the same
-sums; the compiled ones may order them differently.
+The compiled loops serve float32 tensors on the CPU and grids of even steps; the others run here.
+Both compute the same sums; the compiled ones may order them differently.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lwquant.codebooks import nearest_codes, values_of
 from lwquant.ops.native import fit_groups_native, round_block_native, rounding_compiled
 
 BLOCK_COLUMNS = 128  # columns whose effect on later blocks is applied as one matrix product
@@ -23,6 +24,7 @@ def round_columns(
     zeros: Tensor,
     max_code: int,
     base: Tensor | None = None,
+    codebook: str = "",
 ) -> None:
     """Replace each column of the targets by grid points in turn; its miss moves the later ones.
 
@@ -33,15 +35,19 @@ def round_columns(
         feedback: (in_features, in_features), of which the upper triangle is read.
         scales, zeros: like targets.
         base: like targets; by default what the target is when its turn comes.
+        codebook: of the grid; zeros and max_code then say nothing.
     """
     n = len(targets)
     feedback = feedback.contiguous()  # a Cholesky factor is not: its columns are
-    native = rounding_compiled(targets, feedback, scales, zeros, base)
+    native = not codebook and rounding_compiled(targets, feedback, scales, zeros, base)
     for start in range(0, n, BLOCK_COLUMNS):
         own = slice(start, min(start + BLOCK_COLUMNS, n))
         block = (targets[own], feedback[own, own], scales[own], zeros[own], max_code)
-        round_block = round_block_native if native else round_block_torch
-        errors = round_block(*block, None if base is None else base[own])
+        start_at = None if base is None else base[own]
+        if native:
+            errors = round_block_native(*block, start_at)
+        else:
+            errors = round_block_torch(*block, start_at, codebook)
         if own.stop < n:
             targets[own.stop :].addmm_(feedback[own, own.stop :].T, errors)
 
@@ -53,16 +59,26 @@ def round_block_torch(
     zeros: Tensor,
     max_code: int,
     base: Tensor | None,
+    codebook: str = "",
 ) -> Tensor:
     """One block of round_columns(); returns the errors, like targets."""
     errors = torch.empty_like(targets)
     for col, target in enumerate(targets):
-        steps = (target / scales[col] + zeros[col]).round_().clamp_(0, max_code)
-        got = steps.sub_(zeros[col]).mul_(scales[col])
+        got = on_grid(target, scales[col], zeros[col], max_code, codebook)
         torch.sub(got, target if base is None else base[col], out=errors[col])
         targets[col + 1 :].addr_(feedback[col, col + 1 :], errors[col])
         targets[col] = got
     return errors
+
+
+def on_grid(
+    target: Tensor, scales: Tensor, zeros: Tensor, max_code: int, codebook: str = ""
+) -> Tensor:
+    """The grid points nearest to the target; all arguments have its shape."""
+    steps = target / scales
+    if codebook:
+        return values_of(nearest_codes(steps, codebook), codebook).mul_(scales)
+    return steps.add_(zeros).round_().clamp_(0, max_code).sub_(zeros).mul_(scales)
 
 
 def fit_groups(

@@ -4,14 +4,20 @@ A quantizer is a function (weight, stats, scheme, *, settings) -> QuantizedWeigh
 (out_features, in_features) and stats.hessian (in_features, in_features). It changes neither
 argument, treats output rows independently, and uses a shorter last group where group_size does not
 divide in_features. Its error on the data, or where it looks at none the error it fits, is not above
-plain rounding's. tests/contract/test_quantizers.py holds every entry below to this.
+plain rounding's (bnb is plain rounding itself, as another package does it). It raises ValueError
+for a scheme it has no codes for; LIMITS says so before anything is measured.
+tests/contract/test_quantizers.py holds every entry below to this.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
+from lwquant.quantizers.bnb import bnb, bnb_schemes_only
 from lwquant.quantizers.gptq import gptq
+from lwquant.quantizers.grid import even_steps_only
 from lwquant.quantizers.hqq import hqq
 from lwquant.quantizers.quantease import quantease, without_descent
 from lwquant.quantizers.rtn import rtn
@@ -19,6 +25,31 @@ from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
 
 Quantizer = Callable[[Tensor, LayerStats, QuantScheme], QuantizedWeight]
 
-QUANTIZERS = {"rtn": rtn, "gptq": gptq, "quantease": quantease, "hqq": hqq}
+QUANTIZERS = {"rtn": rtn, "gptq": gptq, "quantease": quantease, "hqq": hqq, "bnb": bnb}
 
-__all__ = ["QUANTIZERS", "Quantizer", "gptq", "hqq", "quantease", "rtn", "without_descent"]
+LIMITS: dict[Callable[..., Any], Callable[[QuantScheme], None]] = {
+    quantease: even_steps_only,
+    hqq: even_steps_only,
+    bnb: bnb_schemes_only,
+}
+
+
+def refuse_scheme(quantizer: Callable[..., Any], scheme: QuantScheme) -> None:
+    """ValueError where a listed quantizer, or a partial of one, has no codes for the scheme."""
+    base = quantizer.func if isinstance(quantizer, partial) else quantizer
+    if base in LIMITS:
+        LIMITS[base](scheme)
+
+
+__all__ = [
+    "LIMITS",
+    "QUANTIZERS",
+    "Quantizer",
+    "bnb",
+    "gptq",
+    "hqq",
+    "quantease",
+    "refuse_scheme",
+    "rtn",
+    "without_descent",
+]

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lwquant.ops.rounding import BLOCK_COLUMNS, round_columns
+from lwquant.ops.rounding import BLOCK_COLUMNS, on_grid, round_columns
 from lwquant.quantizers.grid import fit_grid
 from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
 
@@ -67,10 +67,10 @@ def gptq(
     feedback = upper / upper.diagonal()[:, None]
     if asymmetry or first_order:
         pull = _asymmetric_pull(stats, order, upper, asymmetry) if asymmetry else None
-        _round_with_terms(columns, feedback, pull, first_order, scales, zeros, scheme.max_code)
+        _round_with_terms(columns, feedback, pull, first_order, scales, zeros, scheme)
     else:
-        round_columns(columns, feedback, scales, zeros, scheme.max_code)
-    codes = (columns / scales).add_(zeros).round_()[torch.argsort(order)].T.byte()
+        round_columns(columns, feedback, scales, zeros, scheme.max_code, codebook=scheme.codebook)
+    codes = grid.round(columns[torch.argsort(order)].T).byte()
     notes = () if used == damping else (f"damping raised from {damping} to {used:g}",)
     return QuantizedWeight(scheme, codes, grid.scales.half(), grid.zeros.byte(), notes)
 
@@ -119,7 +119,7 @@ def _round_with_terms(
     first_order: float,
     scales: Tensor,
     zeros: Tensor,
-    max_code: int,
+    scheme: QuantScheme,
 ) -> None:
     """round_columns() with the terms of GPTAQ and FOEM.
 
@@ -134,8 +134,8 @@ def _round_with_terms(
             targets[local] = columns[col]
             if first_order:
                 targets[local].lerp_(weight[col], first_order)
-            steps = (targets[local] / scales[col] + zeros[col]).round_().clamp_(0, max_code)
-            columns[col] = steps.sub_(zeros[col]).mul_(scales[col])
+            grid_of_column = scales[col], zeros[col], scheme.max_code, scheme.codebook
+            columns[col] = on_grid(targets[local], *grid_of_column)
             torch.sub(columns[col], targets[local], out=errors[local])
             if first_order:
                 errors[local].add_(targets[local] - weight[col], alpha=first_order)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lwquant.codebooks import nearest_codes, values_of
 from lwquant.ops.rounding import fit_groups
 from lwquant.ops.scale_bytes import MANTISSA_BITS, window_floor
 from lwquant.types import QuantScheme
@@ -25,18 +26,30 @@ class Grid:
 
     scheme: QuantScheme
     scales: Tensor  # float32, values that the scheme's scale_bits can hold
-    zeros: Tensor  # float32, whole numbers in [0, max_code]
+    zeros: Tensor  # float32, whole numbers in [0, max_code]; not looked at with a codebook
 
     def round(self, weight: Tensor) -> Tensor:
         """Nearest codes (out_features, in_features) float32."""
         expand = torch.arange(weight.shape[1], device=weight.device) // self.scheme.group_size
-        steps = weight / self.scales[:, expand] + self.zeros[:, expand]
-        return steps.round_().clamp_(0, self.scheme.max_code)
+        steps = weight / self.scales[:, expand]
+        if self.scheme.codebook:
+            return nearest_codes(steps, self.scheme.codebook).float()
+        return steps.add_(self.zeros[:, expand]).round_().clamp_(0, self.scheme.max_code)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """The weight (out_features, in_features) float32 that codes of this grid stand for."""
         expand = torch.arange(codes.shape[1], device=codes.device) // self.scheme.group_size
+        if self.scheme.codebook:
+            return values_of(codes, self.scheme.codebook) * self.scales[:, expand]
         return (codes.float() - self.zeros[:, expand]) * self.scales[:, expand]
+
+
+def even_steps_only(scheme: QuantScheme) -> None:
+    """ValueError for a scheme whose codes name the values of a table."""
+    if scheme.codebook:
+        raise ValueError(
+            f"scheme {scheme.label} has no even steps; quantizers 'gptq', 'rtn' and 'bnb' need none"
+        )
 
 
 def fit_grid(
@@ -68,7 +81,7 @@ def fit_grid(
         importance = torch.ones(in_features, device=weight.device)
     per_group = torch.nn.functional.pad(importance.float(), (0, padding)).view(n_groups, size)
     found = None
-    if search:
+    if search and not scheme.codebook:
         how = scheme.bits, scheme.symmetric, scale_mantissa(scheme)
         found = fit_groups(grouped, per_group, SHRINKS, *how)
     scales, zeros = found or _fit_slices(grouped, per_group, scheme, search)
@@ -128,7 +141,8 @@ def _fit_rows(
 def _grid_of(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     if scheme.symmetric:
         # 2^(b-1) negative steps and one fewer positive: the larger half carries the range.
-        scale = storable_scale(high / (2 ** (scheme.bits - 1) - 0.5), scheme)
+        steps = 1.0 if scheme.codebook else 2 ** (scheme.bits - 1) - 0.5
+        scale = storable_scale(high / steps, scheme)
         return scale, torch.full_like(scale, float(2 ** (scheme.bits - 1)))
     scale = storable_scale((high - low) / scheme.max_code, scheme)
     zero = (-low / scale).round_().clamp_(0, scheme.max_code)
@@ -161,15 +175,18 @@ def scale_mantissa(scheme: QuantScheme) -> int:
     return MANTISSA_BITS if scheme.scale_bits == 8 else 10
 
 
-def _codes(rows: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
+def _steps(rows: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
+    """The grid's nearest to the rows (n, size), in units of the scale."""
     steps = rows / scale[:, None]
-    return steps.add_(zero[:, None]).round_().clamp_(0, scheme.max_code)
+    if scheme.codebook:
+        return values_of(nearest_codes(steps, scheme.codebook), scheme.codebook)
+    return steps.add_(zero[:, None]).round_().clamp_(0, scheme.max_code).sub_(zero[:, None])
 
 
 def _error(
     rows: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme
 ) -> Tensor:
-    rounded = _codes(rows, scale, zero, scheme).sub_(zero[:, None]).mul_(scale[:, None])
+    rounded = _steps(rows, scale, zero, scheme).mul_(scale[:, None])
     return rounded.sub_(rows).square_().mul_(importance).sum(1)
 
 
@@ -177,6 +194,6 @@ def _refit_scale(
     rows: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme
 ) -> Tensor:
     """Least-squares scale for the codes that `scale` gives; the old one if not positive."""
-    steps = _codes(rows, scale, zero, scheme).sub_(zero[:, None])
+    steps = _steps(rows, scale, zero, scheme)
     fit = (importance * steps * rows).sum(1) / (importance * steps.square()).sum(1).clamp(min=1e-30)
     return storable_scale(torch.where(fit > 0, fit, scale), scheme)

@@ -12,7 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lwquant.quantizers.grid import SHRINKS, Grid, fit_grid, in_window, storable_scale
+from lwquant.quantizers.grid import (
+    SHRINKS,
+    Grid,
+    even_steps_only,
+    fit_grid,
+    in_window,
+    storable_scale,
+)
 from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
 
 Parts = tuple[Tensor, Tensor]  # scales and zeros, (out_features, n_groups, 1) each
@@ -42,10 +49,11 @@ def hqq(
         exponent: in (0, 1].
         rounds: of rounding, shrinking and fitting.
 
-    Raises ValueError for another exponent, and when a scale leaves float16's range.
+    Raises ValueError for another exponent, for a codebook, and when a scale leaves float16's range.
     """
     if not 0 < exponent <= 1:
         raise ValueError(f"exponent={exponent} must be above 0 and at most 1")
+    even_steps_only(scheme)
     grouped, inside = _grouped(weight.float(), scheme)
     found = _parts(fit_grid(weight, scheme, search=False))
     best = _errors(grouped, *found, scheme, exponent)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lwquant.ops.rounding import round_columns
 from lwquant.quantizers.gptq import gptq
-from lwquant.quantizers.grid import Grid, fit_grid
+from lwquant.quantizers.grid import Grid, even_steps_only, fit_grid
 from lwquant.quantizers.scales import refit_scales
 from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
 
@@ -48,8 +48,9 @@ def quantease(
         search, unclipped: as for gptq(). A refit, which could clip again, leaves the scales of
             unclipped rows as they are.
 
-    Raises ValueError as gptq() does.
+    Raises ValueError as gptq() does, and for a codebook.
     """
+    even_steps_only(scheme)
     hessian, order = _damped(stats, weight.device, damping)
     if start == "gptq":
         begun = gptq(weight, stats, scheme, damping=damping, search=search, unclipped=unclipped)

@@ -1,18 +1,42 @@
 """The laws of every quantizer, and GPTQ's and the grid's own oracles."""
 
+from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from oracles import obs_codes, proxy_loss
 
+from lwquant.codebooks import CODEBOOKS
 from lwquant.ops.scale_bytes import decode_scales, encode_scales
-from lwquant.quantizers import QUANTIZERS, gptq, rtn
+from lwquant.quantizers import QUANTIZERS, gptq, refuse_scheme, rtn
 from lwquant.quantizers.gptq import inverse_cholesky
 from lwquant.quantizers.grid import fit_grid
-from lwquant.types import LayerStats, QuantScheme
+from lwquant.types import WHOLE_ROW, LayerStats, QuantScheme
 
-every_quantizer = pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
+EVEN = [QuantScheme(bits, 16) for bits in (2, 3, 4, 5, 6, 8)]
+TABLES = [QuantScheme(4, 32, codebook=codebook) for codebook in CODEBOOKS]
+INT8_ROWS = QuantScheme(8, WHOLE_ROW, symmetric=True)
+
+
+def takes(name, scheme):
+    """Whether the quantizer says that it has codes for the scheme."""
+    try:
+        refuse_scheme(QUANTIZERS[name], scheme)
+    except ValueError:
+        return False
+    return True
+
+
+def cases(schemes):
+    """Every listed quantizer with each of these schemes that it takes."""
+    found = [(name, scheme) for name, scheme in product(QUANTIZERS, schemes) if takes(name, scheme)]
+    ids = [f"{name}-{scheme.label}" for name, scheme in found]
+    return pytest.mark.parametrize(("name", "scheme"), found, ids=ids)
+
+
+every_case = cases([*EVEN, *TABLES, INT8_ROWS])
 
 
 def sparse_error(weight, rounded, hessian):
@@ -35,23 +59,35 @@ def make_layer(out_features=24, in_features=40, seed=0):
     return weight, LayerStats(inputs.T @ inputs, None, len(inputs))
 
 
-@every_quantizer
-@every_width
-def test_codes_are_in_range_and_shaped_like_the_weight(quantize, bits):
+def test_what_a_quantizer_takes_is_what_it_has_codes_for():
     weight, stats = make_layer()
-    got = quantize(weight, stats, QuantScheme(bits, 16))
+    for name, scheme in product(QUANTIZERS, [*EVEN, *TABLES, INT8_ROWS]):
+        if not takes(name, scheme):
+            with pytest.raises(ValueError, match=rf"{scheme.label}.*bnb"):
+                QUANTIZERS[name](weight, stats, scheme)
+    assert [s for s in [*EVEN, *TABLES, INT8_ROWS] if takes("bnb", s)] == [*TABLES, INT8_ROWS]
+    assert all(takes(name, scheme) for name in QUANTIZERS if name != "bnb" for scheme in EVEN)
+    assert all(takes(name, scheme) for name in ("rtn", "gptq") for scheme in TABLES)
+
+
+@every_case
+def test_codes_are_in_range_and_shaped_like_the_weight(name, scheme):
+    weight, stats = make_layer()
+    got = QUANTIZERS[name](weight, stats, scheme)
     assert got.codes.shape == weight.shape and got.codes.dtype == torch.uint8
-    assert got.codes.max() <= 2**bits - 1
-    assert got.scales.shape == got.zeros.shape == (24, 3)  # 40 = 16 + 16 + 8
+    assert got.codes.max() <= scheme.max_code
+    n_groups = {16: 3, 32: 2, WHOLE_ROW: 1}[scheme.group_size]  # 40 = 16 + 16 + 8 = 32 + 8
+    assert got.scales.shape == got.zeros.shape == (24, n_groups)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-@every_width
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("scale_bits", [8, 16])
-def test_its_error_is_not_above_that_of_plain_rounding(name, bits, symmetric, scale_bits):
+@cases(
+    [
+        *(QuantScheme(s.bits, 16, *how) for s in EVEN for how in product((False, True), (8, 16))),
+        *(replace(scheme, scale_bits=bits) for scheme in TABLES for bits in (8, 16)),
+    ]
+)
+def test_its_error_is_not_above_that_of_plain_rounding(name, scheme):
     weight, stats = make_layer()
-    scheme = QuantScheme(bits, 16, symmetric, scale_bits)
     got = QUANTIZERS[name](weight, stats, scheme).dequantize()
     plain = rtn(weight, stats, scheme).dequantize()
     error = OBJECTIVES[name]
@@ -67,30 +103,34 @@ def test_only_a_quantizer_that_looks_at_no_data_has_an_error_of_its_own(name):
     assert torch.equal(seeing.dequantize(), blind.dequantize())
 
 
-@every_quantizer
-def test_more_bits_mean_less_output_error(quantize):
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_more_bits_mean_less_output_error(name):
     weight, stats = make_layer()
+    menu = [s for s in (EVEN if takes(name, EVEN[0]) else [TABLES[0], INT8_ROWS])]
     errors = [
-        proxy_loss(weight, quantize(weight, stats, QuantScheme(b, 16)).dequantize(), stats.hessian)
-        for b in (2, 3, 4, 5, 6, 8)
+        proxy_loss(weight, QUANTIZERS[name](weight, stats, s).dequantize(), stats.hessian)
+        for s in menu
     ]
     assert errors == sorted(errors, reverse=True)
 
 
-@every_quantizer
-def test_weights_on_the_grid_are_unchanged(quantize):
+@cases([QuantScheme(4, 16), *TABLES])
+def test_weights_on_the_grid_are_unchanged(name, scheme):
     _, stats = make_layer(4, 64)
+    values = torch.arange(16.0)
+    if scheme.codebook:
+        values = torch.tensor(CODEBOOKS[scheme.codebook])
     # A different step in each group, so that a grid shared between groups would show.
-    on_grid = torch.cat([torch.arange(16.0) * step for step in (1, 2, 3, 4)]).repeat(4, 1)
-    got = quantize(on_grid, stats, QuantScheme(4, 16)).dequantize()
+    halves = [[1, 1, 2, 2], [1, 2, 3, 4]][scheme.group_size == 16]
+    on_grid = torch.cat([values * step for step in halves]).repeat(4, 1)
+    got = QUANTIZERS[name](on_grid, stats, scheme).dequantize()
     torch.testing.assert_close(got, on_grid)
 
 
-@every_quantizer
-@pytest.mark.parametrize("scale_bits", [8, 16])
-def test_rows_do_not_influence_each_other(quantize, scale_bits):
+@cases([replace(s, scale_bits=b) for s in [EVEN[1], *TABLES, INT8_ROWS] for b in (8, 16)])
+def test_rows_do_not_influence_each_other(name, scheme):
     weight, stats = make_layer()
-    scheme = QuantScheme(3, 16, scale_bits=scale_bits)
+    quantize = QUANTIZERS[name]
     whole = quantize(weight, stats, scheme).dequantize()
     changed = weight.clone()
     changed[5] *= -3
@@ -100,18 +140,18 @@ def test_rows_do_not_influence_each_other(quantize, scale_bits):
     assert not torch.equal(other[5], whole[5])
 
 
-@every_quantizer
-def test_arguments_are_left_alone(quantize):
+@every_case
+def test_arguments_are_left_alone(name, scheme):
     weight, stats = make_layer()
     before = weight.clone(), stats.hessian.clone()
-    quantize(weight, stats, QuantScheme(3, 16))
+    QUANTIZERS[name](weight, stats, scheme)
     assert torch.equal(weight, before[0]) and torch.equal(stats.hessian, before[1])
 
 
-@every_quantizer
-def test_zero_weights_and_silent_inputs_give_zero_and_finite_results(quantize):
+@every_case
+def test_zero_weights_and_silent_inputs_give_zero_and_finite_results(name, scheme):
     weight, stats = make_layer()
-    scheme = QuantScheme(3, 16)
+    quantize = QUANTIZERS[name]
     assert not quantize(torch.zeros_like(weight), stats, scheme).dequantize().any()
     silent = stats.hessian.clone()
     silent[3], silent[:, 3] = 0, 0
@@ -121,20 +161,19 @@ def test_zero_weights_and_silent_inputs_give_zero_and_finite_results(quantize):
     assert (got - weight).abs().max() < weight.abs().max()
 
 
-@every_quantizer
-@every_width
-def test_scales_of_eight_bits_can_be_written(quantize, bits):
+@every_case
+def test_scales_of_eight_bits_can_be_written(name, scheme):
     weight, stats = make_layer()
     weight[3, :16] *= 1e4  # far beyond what the other groups of its row need
-    got = quantize(weight, stats, QuantScheme(bits, 16, scale_bits=8))
+    got = QUANTIZERS[name](weight, stats, replace(scheme, scale_bits=8))
     assert torch.equal(decode_scales(encode_scales(got.scales)), got.scales)
 
 
-@every_quantizer
-def test_scales_beyond_float16_are_refused(quantize):
+@every_case
+def test_scales_beyond_float16_are_refused(name, scheme):
     weight, stats = make_layer()
     with pytest.raises(ValueError, match="overflows float16"):
-        quantize(weight * 1e8, stats, QuantScheme(4, 16))
+        QUANTIZERS[name](weight * 1e8, stats, scheme)
 
 
 @every_width
@@ -159,6 +198,23 @@ def test_gptq_matches_column_by_column_least_squares(bits, act_order):
     )
     # float32 against float64: a value within rounding error of a tie may fall on the other side
     assert (got.codes.double() != wanted).float().mean() <= 0.01
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_gptq_matches_column_by_column_least_squares_on_the_values_of_a_table(codebook):
+    weight, stats = make_layer(6, 140)  # more than a lazy block
+    scheme = QuantScheme(4, 32, codebook=codebook)
+    got = gptq(weight, stats, scheme)
+    damped = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(140)
+    expand = torch.arange(140) // 32
+    scales, zeros = got.scales.float()[:, expand], got.zeros.float()[:, expand]
+    order = torch.argsort(stats.hessian.diagonal(), descending=True).tolist()
+    wanted = obs_codes(weight, damped, scales, zeros, 15, order, CODEBOOKS[codebook])
+    # As above; and 0 has two codes in fp4, of which either will do.
+    values = torch.tensor(CODEBOOKS[codebook])
+    assert (got.steps() != values[wanted.long()]).float().mean() <= 0.02
+    with_terms = gptq(weight, stats, scheme, first_order=1e-9)
+    assert torch.equal(with_terms.codes, got.codes)
 
 
 def test_gptq_crosses_its_lazy_blocks_without_a_seam():

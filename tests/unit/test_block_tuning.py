@@ -273,3 +273,11 @@ def test_one_window_cannot_be_both_learned_from_and_held_out(problem):
     block, linears, inputs, wanted = problem
     with pytest.raises(ValueError, match=r"n_samples=1 leaves none to hold out"):
         tune_block(block, linears, inputs[:1], wanted[:1], steps=1)
+
+
+def test_codes_of_a_codebook_are_refused():
+    block = Block().requires_grad_(False)
+    linears = {"up": rounded(block.up, QuantScheme(4, 8, codebook="nf4"))}
+    inputs = torch.randn(4, 12, 16)
+    with pytest.raises(ValueError, match="nf4-g8 has no even steps"):
+        tune_block(block, linears, inputs, block(inputs), steps=4)

@@ -7,13 +7,19 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lwquant.finetune as finetune
+from lwquant.codebooks import CODEBOOKS
 from lwquant.finetune import tune_scales
 from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.quantizers import rtn
 from lwquant.types import QuantizedWeight, QuantScheme
 
-SCHEMES = (QuantScheme(2, 32), QuantScheme(3, 32), QuantScheme(16))
+SCHEMES = (
+    QuantScheme(2, 32),
+    QuantScheme(3, 32),
+    QuantScheme(16),
+    QuantScheme(4, 32, codebook="nf4"),
+)
 
 
 def open_quantized(folder, flip):
@@ -24,7 +30,7 @@ def open_quantized(folder, flip):
     for number, spec in enumerate(decoder.linears):
         weight = model.get_submodule(spec.name).weight.detach()
         weight = weight.T if flip else weight
-        scheme = SCHEMES[number % 3]
+        scheme = SCHEMES[number % 4]
         weights[spec.name] = weight.half() if scheme.is_float else rtn(weight, None, scheme)
     return decoder, model, weights
 
@@ -38,7 +44,10 @@ def kl_of(model, weights, tokens, scales=None):
         if isinstance(kept, QuantizedWeight):
             expand = torch.arange(kept.codes.shape[1]) // kept.scheme.group_size
             own = kept.scales.float() if scales is None else scales[name]
-            weight = (kept.codes.float() - kept.zeros.float()[:, expand]) * own[:, expand]
+            steps = kept.codes.float() - kept.zeros.float()[:, expand]
+            if kept.scheme.codebook:
+                steps = torch.tensor(CODEBOOKS[kept.scheme.codebook])[kept.codes.long()]
+            weight = steps * own[:, expand]
         else:
             weight = kept.float()
         flip = isinstance(model.get_submodule(name), Conv1D)

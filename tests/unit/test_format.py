@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from lwquant.codebooks import CODEBOOKS
 from lwquant.errors import CheckpointError
 from lwquant.export.format import (
     layout_of,
@@ -22,15 +23,17 @@ SCHEMES = {
     "model.layers.0.k_proj": QuantScheme(4, 128, symmetric=True),
     "model.layers.0.v_proj": QuantScheme(16),
     "model.layers.0.o_proj": QuantScheme(3, 64, scale_bits=8),
+    "model.layers.0.up_proj": QuantScheme(4, 64, codebook="nf4"),
 }
 
 
-def entry(bits, group_size, symmetric, scale_bits):
+def entry(bits, group_size, symmetric, scale_bits, codebook=""):
     return {
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
         "scale_bits": scale_bits,
+        "codebook": codebook,
     }
 
 
@@ -55,16 +58,17 @@ def test_the_config_survives_json_and_parsing():
     assert parse_quantization_config(config) == (SCHEMES, 3.625)
 
 
-def test_the_config_is_spelled_as_version_2():
+def test_the_config_is_spelled_as_version_3():
     assert quantization_config(SCHEMES, 3.5) == {
         "quant_method": "lwquant",
-        "version": 2,
+        "version": 3,
         "bpw": 3.5,
         "linears": {
             "model.layers.0.q_proj": entry(3, 64, False, 16),
             "model.layers.0.k_proj": entry(4, 128, True, 16),
             "model.layers.0.v_proj": entry(16, 0, False, 16),
             "model.layers.0.o_proj": entry(3, 64, False, 8),
+            "model.layers.0.up_proj": entry(4, 64, True, 16, "nf4"),
         },
     }
 
@@ -73,9 +77,9 @@ def test_the_config_is_spelled_as_version_2():
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method='gptq' is not 'lwquant'"),
-        ({"version": 1}, "version=1 is not 2"),
-        ({"version": True}, "version=True is not 2"),
-        ({"version": "2"}, "version='2' is not 2"),
+        ({"version": 2}, "version=2 is not 3"),
+        ({"version": True}, "version=True is not 3"),
+        ({"version": "3"}, "version='3' is not 3"),
         ({"desc_act": True}, "unknown keys: desc_act"),
         ({"bpw": "3.5"}, "bpw='3.5' is not a positive number"),
         ({"bpw": float("nan")}, "bpw=nan is not a positive number"),
@@ -84,7 +88,7 @@ def test_the_config_is_spelled_as_version_2():
         ({"linears": []}, "linears names no linear"),
     ],
 )
-def test_a_config_that_is_not_version_2_is_refused(change, message):
+def test_a_config_that_is_not_version_3_is_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
         parse_quantization_config(quantization_config(SCHEMES, 3.5) | change)
 
@@ -101,7 +105,7 @@ def test_a_config_that_lacks_a_key_is_refused_by_its_name(key):
     ("entry", "message"),
     [
         (4, "is 4, not an object"),
-        ({"bits": 4, "group_size": 64}, "lacks scale_bits, symmetric"),
+        ({"bits": 4, "group_size": 64}, "lacks codebook, scale_bits, symmetric"),
         ({**entry(4, 64, False, 16), "zp": 1}, "unknown keys: zp"),
         (entry(9, 64, False, 16), "bits=9"),
         (entry(1, 64, False, 16), "bits=1"),
@@ -112,6 +116,11 @@ def test_a_config_that_lacks_a_key_is_refused_by_its_name(key):
         (entry(4, 64, 0, 16), "three ints and a bool"),
         (entry(4, 64, False, "8"), "three ints and a bool"),
         (entry(16, 64, False, 16), "16 bits have no groups"),
+        (entry(4, 64, True, 16, "nf5"), "codebook='nf5' is not one of .*nf4"),
+        (entry(3, 64, True, 16, "nf4"), "codebook='nf4' needs bits=4, not 3"),
+        (entry(16, 0, False, 16, "nf4"), "codebook='nf4' needs bits=4, not 16"),
+        (entry(4, 64, False, 16, "nf4"), "a codebook has no zeros"),
+        (entry(4, 64, True, 16, None), "codebook=None is not a string"),
     ],
 )
 def test_a_linear_that_no_scheme_describes_is_refused_by_its_name(entry, message):
@@ -130,6 +139,39 @@ def test_tensors_have_the_stated_layout_and_exactly_the_stored_bits(bits, symmet
     layout = layout_of("up", 33, 100, scheme)
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == layout
     assert 8 * sum(t.nbytes for t in tensors.values()) == scheme.stored_bits(33, 100)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_a_codebook_is_stored_as_codes_and_scales_and_nothing_else(codebook, scale_bits):
+    scheme = QuantScheme(4, 48, scale_bits=scale_bits, codebook=codebook)
+    tensors = dict(tensors_of("up", random_weight(scheme, 33, 100)))
+    assert set(tensors) == {"up.qweight", "up.scales"}
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == layout_of(
+        "up", 33, 100, scheme
+    )
+    codes = 33 * 13 * 32  # 100 codes of 4 bits fill 12.5 words
+    scales = 33 * {16: 3 * 16, 8: (1 + 3) * 8}[scale_bits]
+    assert 8 * sum(t.nbytes for t in tensors.values()) == codes + scales
+    assert scheme.stored_bits(33, 100) == codes + scales
+
+
+@pytest.mark.parametrize(
+    "label", ["nf4-g64", "fp4-g32-s8", "8b-row-sym", "3b-row-s8", "nf4-row", "4b-g64-sym-s8"]
+)
+def test_the_label_of_a_scheme_names_it(label):
+    scheme = QuantScheme.parse(label)
+    assert scheme.label == label
+    assert scheme.codebook == (label[:3] if label.startswith(("nf4", "fp4")) else "")
+    assert scheme.symmetric == ("sym" in label or bool(scheme.codebook))
+
+
+@pytest.mark.parametrize(
+    "label", ["nf5-g64", "nf4-g64-sym", "nf4", "4nf4-g64", "nf4b-g64", "8b-rows"]
+)
+def test_what_labels_no_scheme_is_refused(label):
+    with pytest.raises(ValueError, match=f"scheme '{label}' is not of the form"):
+        QuantScheme.parse(label)
 
 
 def test_code_k_of_a_row_sits_at_bit_k_times_bits_of_its_little_endian_stream():

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from oracles import nearest_values
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaPreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
+from lwquant.codebooks import CODEBOOKS
 from lwquant.errors import CheckpointError, OutputError
 from lwquant.export import load
 from lwquant.export.save import ModelWriter
@@ -29,13 +31,13 @@ from lwquant.types import LinearSpec, QuantizedWeight, QuantScheme, plan_bpw
 # 100 and 48 leave a shorter last group in most of the tiny models' linears.
 MENU = (
     QuantScheme(2, 32),
-    QuantScheme(3, 48),
+    QuantScheme(3, 48, scale_bits=8),
     QuantScheme(4, 64, symmetric=True),
     QuantScheme(5, 100),
     QuantScheme(16),
     QuantScheme(6, 16),
     QuantScheme(8, 4096),
-    QuantScheme(3, 32, scale_bits=8),
+    QuantScheme(4, 32, codebook="nf4"),
 )
 SHARD_BYTES = 40_000
 EIGHT = asdict(QuantScheme(8, 64))
@@ -52,19 +54,22 @@ class Folders:
 
 
 def rounded(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
-    """Round to the nearest of evenly spaced values over each group's range."""
+    """Round to the nearest of evenly spaced values over each group's range, or of a codebook."""
     codes, scales, zeros = [], [], []
     for part in weight.split(scheme.group_size, dim=1):
         low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
         middle = torch.full_like(low, 2 ** (scheme.bits - 1))
-        if scheme.symmetric:
+        if scheme.codebook:
+            scale, zero = storable_scale(torch.maximum(-low, high), scheme), middle
+            nearest = nearest_values(part / scale[:, None], CODEBOOKS[scheme.codebook])
+        elif scheme.symmetric:
             scale = storable_scale(torch.maximum(-low, high) / middle, scheme)
             zero = middle
         else:
             scale = storable_scale((high - low) / scheme.max_code, scheme)
             zero = (-low / scale).round().clamp(0, scheme.max_code)
         steps = (part / scale[:, None]).round() + zero[:, None]
-        codes.append(steps.clamp(0, scheme.max_code).byte())
+        codes.append((nearest if scheme.codebook else steps.clamp(0, scheme.max_code)).byte())
         scales.append(scale.half())
         zeros.append(zero.byte())
     return QuantizedWeight(
@@ -456,7 +461,7 @@ def test_a_truncated_shard_is_an_error_that_names_the_file(llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(version=3), "version=3 is not 2"),
+        (lambda q: q.update(version=2), "version=2 is not 3"),
         (lambda q: q["linears"].update({"model.nope": EIGHT}), "no module 'model.nope'"),
         (lambda q: q["linears"].update({"model.norm": EIGHT}), "'model.norm' is a .*Norm, not"),
     ],

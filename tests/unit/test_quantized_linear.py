@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lwquant.codebooks import CODEBOOKS
 from lwquant.nn.linear import QuantizedLinear, stored_scales
 from lwquant.quantizers.grid import in_window, storable_scale
 from lwquant.types import QuantizedWeight, QuantScheme
@@ -19,6 +20,8 @@ SCHEMES = [
     QuantScheme(8, 1000),
     QuantScheme(4, 64, symmetric=True),
     QuantScheme(3, 64, scale_bits=8),
+    QuantScheme(4, 64, codebook="nf4"),
+    QuantScheme(4, 32, scale_bits=8, codebook="fp4"),
 ]
 by_label = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
 
@@ -69,6 +72,20 @@ def test_an_empty_layer_has_the_tensors_that_a_state_dict_fills(scheme):
     assert_same_state(on_meta, full)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES[6:], ids=lambda s: s.label)
+def test_codes_of_a_codebook_stand_for_its_values_times_the_scale_of_their_group(scheme):
+    quantized = random_weight(scheme)
+    layer = QuantizedLinear.from_weight(quantized, None)
+    values, weight = CODEBOOKS[scheme.codebook], layer.dequantize()
+    for row, column in ((0, 0), (5, 64), (23, 99)):
+        scale = quantized.scales[row, column // scheme.group_size].item()
+        value = values[quantized.codes[row, column]] * scale
+        assert weight[row, column].item() == pytest.approx(value, rel=1e-6)
+    x = torch.randn(3, 100, dtype=torch.bfloat16)
+    wanted = (x.float() @ weight.T).bfloat16()
+    assert layer(x).dtype == torch.bfloat16 and torch.equal(layer(x), wanted)
+
+
 @pytest.mark.parametrize(
     "move",
     [
@@ -117,16 +134,18 @@ def test_copies_and_saved_files_hold_the_same_tensors(scheme):
     assert torch.equal(loaded(x), layer(x))
 
 
-def test_compiled_in_one_graph_it_gives_the_same_result():
-    layer = QuantizedLinear.from_weight(random_weight(SCHEMES[1]), torch.randn(24))
+@pytest.mark.parametrize("scheme", [SCHEMES[1], SCHEMES[6]], ids=lambda s: s.label)
+def test_compiled_in_one_graph_it_gives_the_same_result(scheme):
+    layer = QuantizedLinear.from_weight(random_weight(scheme), torch.randn(24))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 100)
     with torch.no_grad():
         assert torch.equal(compiled(x), layer(x))
 
 
-def test_gradients_pass_through_to_earlier_layers():
-    layer = QuantizedLinear.from_weight(random_weight(SCHEMES[2]), torch.randn(24))
+@pytest.mark.parametrize("scheme", [SCHEMES[2], SCHEMES[6]], ids=lambda s: s.label)
+def test_gradients_pass_through_to_earlier_layers(scheme):
+    layer = QuantizedLinear.from_weight(random_weight(scheme), torch.randn(24))
     x = torch.randn(2, 100, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).sum(), x)
     torch.testing.assert_close(grad, layer.dequantize().sum(0).expand(2, -1))
