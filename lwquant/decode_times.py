@@ -1,8 +1,8 @@
 """Measured times of single linears, from which the decode time of a plan is predicted.
 
 A table is written by benchmarks/matmul_speed.py on the machine that is to decode, and holds
-microseconds of one linear for one token. Attention, norms, embeddings and head take the same time in every plan
-and are not in it.
+microseconds of one linear for one token. Attention, norms, embeddings and head take the same time
+in every plan and are not in it.
 """
 
 from __future__ import annotations
