@@ -65,7 +65,7 @@ class _Learned:
     def __init__(self, linear: RoundedLinear) -> None:
         self.start, self.module = linear.start, linear.module
         self.scales = self.start.scales.float()
-        self.zeros = self.start.zeros.float()
+        self.zeros = self.start.zero_points
         codes = self.start.codes.float()
         # Where the weight lies between the codes says how cheaply its code changes. One that is
         # not at its nearest code, because the quantizer made up for others, is at the very edge.

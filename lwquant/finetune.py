@@ -69,7 +69,7 @@ class _Tuned:
         return torch.arange(n, device=device) // self.weight.scheme.group_size
 
     def _steps(self) -> Tensor:
-        return self.weight.codes.float() - self.weight.zeros.float()[:, self._expand()]
+        return self.weight.codes.float() - self.weight.zero_points[:, self._expand()]
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ class Recipe:
     more_group_sizes: tuple[int, ...] = ()  # each width is also in the menu with each of these
     symmetric: bool = False
     scale_bits: int = 8  # 16: scales as plain float16
+    fine_zeros: bool = False  # a byte per zero, finer than the codes
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
     polish: int = 0  # steps of learned rounding per block; see block_tuning.py
     tune: int = 0  # further windows to tune all scales together on; see finetune.py
@@ -79,7 +80,7 @@ class Recipe:
         sizes = sorted({self.group_size, *self.more_group_sizes}, reverse=True)
         try:
             every = [
-                QuantScheme(width, size, self.symmetric, self.scale_bits)
+                replace(self.scheme(width), group_size=size)
                 for width in sorted(self.bits)
                 for size in sizes
             ]
@@ -88,7 +89,7 @@ class Recipe:
             raise LwquantError(str(error)) from error
 
     def scheme(self, bits: int) -> QuantScheme:
-        return QuantScheme(bits, self.group_size, self.symmetric, self.scale_bits)
+        return QuantScheme(bits, self.group_size, self.symmetric, self.scale_bits, self.fine_zeros)
 
     def rounding(self) -> Rounding:
         """Everything about how linears are rounded; LwquantError for unknown names."""

@@ -17,6 +17,7 @@ WORD_BITS = 32
 SCALE_BITS = (8, 16)
 FLOAT_BITS = 16
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+BYTE_BITS = 8
 
 # What a walk records of a linear besides its inputs: nothing; what the residual stream lacks after
 # it, or else how its inputs differ from the float model's; or both.
@@ -38,25 +39,30 @@ class QuantScheme:
 
     `bits` 16 means "left as a 16-bit float"; its group size is 0. A group size that does not
     divide in_features leaves a shorter last group; one at least in_features means one per row.
-    `scale_bits` 8 stores scales as lwquant/ops/scale_bytes.py says, 16 as float16.
+    `scale_bits` 8 stores scales as lwquant/ops/scale_bytes.py says, 16 as float16. A zero is a
+    whole code; with `fine_zeros` it is a byte that counts in steps of `zero_step`.
     """
 
     bits: int
     group_size: int = 64
     symmetric: bool = False
     scale_bits: int = 16
+    fine_zeros: bool = False
 
     def __post_init__(self) -> None:
         if self.bits == FLOAT_BITS:
             object.__setattr__(self, "group_size", 0)
             object.__setattr__(self, "symmetric", False)
             object.__setattr__(self, "scale_bits", 16)
+            object.__setattr__(self, "fine_zeros", False)
         elif self.bits not in WIDTHS:
             raise ValueError(f"bits={self.bits} is not one of {(*WIDTHS, FLOAT_BITS)}")
         elif self.group_size < 1:
             raise ValueError(f"group_size={self.group_size} must be at least 1")
         elif self.scale_bits not in SCALE_BITS:
             raise ValueError(f"scale_bits={self.scale_bits} is not one of {SCALE_BITS}")
+        elif self.symmetric and self.fine_zeros:
+            raise ValueError("a symmetric scheme stores no zeros, so fine_zeros has no meaning")
 
     @property
     def is_float(self) -> bool:
@@ -67,19 +73,36 @@ class QuantScheme:
         return 2**self.bits - 1
 
     @property
+    def zero_step(self) -> float:
+        """What one stored zero more adds to the zero-point, in codes.
+
+        The 256 values of a byte divide the codes' range, whatever their width.
+
+        >>> [QuantScheme(bits, fine_zeros=True).zero_step for bits in (2, 3, 8)]
+        [0.015625, 0.03125, 1.0]
+        """
+        return 2.0 ** (self.bits - BYTE_BITS) if self.fine_zeros else 1.0
+
+    @property
+    def max_zero(self) -> int:
+        """The largest zero that can be stored."""
+        return 2**BYTE_BITS - 1 if self.fine_zeros else self.max_code
+
+    @property
     def label(self) -> str:
         """A short name, and the key of this scheme in JSON files.
 
         >>> QuantScheme(3).label, QuantScheme(4, 128, symmetric=True).label, QuantScheme(16).label
         ('3b-g64', '4b-g128-sym', '16b')
-        >>> QuantScheme(3, scale_bits=8).label
-        '3b-g64-s8'
+        >>> QuantScheme(3, scale_bits=8).label, QuantScheme(3, fine_zeros=True).label
+        ('3b-g64-s8', '3b-g64-z8')
         """
         if self.is_float:
             return f"{FLOAT_BITS}b"
         symmetric = "-sym" if self.symmetric else ""
         scales = f"-s{self.scale_bits}" if self.scale_bits != 16 else ""
-        return f"{self.bits}b-g{self.group_size}{symmetric}{scales}"
+        zeros = f"-z{BYTE_BITS}" if self.fine_zeros else ""
+        return f"{self.bits}b-g{self.group_size}{symmetric}{scales}{zeros}"
 
     @classmethod
     def parse(cls, label: str) -> QuantScheme:
@@ -90,12 +113,20 @@ class QuantScheme:
         """
         if label == f"{FLOAT_BITS}b":
             return cls(FLOAT_BITS)
-        match = re.fullmatch(r"(\d+)b-g(\d+)(-sym)?(?:-s(\d+))?", label)
+        pattern = r"(?P<bits>\d+)b-g(?P<size>\d+)(?P<sym>-sym)?(-s(?P<scale>\d+))?(?P<fine>-z8)?"
+        match = re.fullmatch(pattern, label)
         if match is None:
             raise ValueError(
-                f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym', '3b-g64-s8' or '16b'"
+                f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym', '3b-g64-s8-z8' or"
+                " '16b'"
             )
-        return cls(int(match[1]), int(match[2]), match[3] is not None, int(match[4] or 16))
+        return cls(
+            bits=int(match["bits"]),
+            group_size=int(match["size"]),
+            symmetric=match["sym"] is not None,
+            scale_bits=int(match["scale"] or 16),
+            fine_zeros=match["fine"] is not None,
+        )
 
     def n_groups(self, in_features: int) -> int:
         return 0 if self.is_float else -(-in_features // self.group_size)
@@ -105,20 +136,29 @@ class QuantScheme:
         return self.n_groups(in_features) + (self.scale_bits == 8)
 
     def stored_bits(self, out_features: int, in_features: int) -> int:
-        """Every bit this scheme writes for one weight: padded code rows, scales, packed zeros.
+        """Every bit this scheme writes for one weight: padded code rows, scales, zeros.
 
         >>> QuantScheme(3, 64).stored_bits(576, 576) / (576 * 576)
         3.296875
         >>> QuantScheme(3, 64, scale_bits=8).stored_bits(576, 576) / (576 * 576)
         3.185763888888889
+        >>> QuantScheme(3, 64, scale_bits=8, fine_zeros=True).stored_bits(576, 576) / (576 * 576)
+        3.263888888888889
         """
         if self.is_float:
             return FLOAT_BITS * out_features * in_features
-        n_groups = self.n_groups(in_features)
         codes = out_features * row_words(in_features, self.bits) * WORD_BITS
         scales = out_features * self.row_scales(in_features) * self.scale_bits
-        zeros = 0 if self.symmetric else n_groups * row_words(out_features, self.bits) * WORD_BITS
+        zeros = self.n_groups(in_features) * self._bits_of_zeros(out_features)
         return codes + scales + zeros
+
+    def _bits_of_zeros(self, out_features: int) -> int:
+        """Stored bits of the zeros of one group of inputs."""
+        if self.symmetric:
+            return 0
+        if self.fine_zeros:
+            return out_features * BYTE_BITS
+        return row_words(out_features, self.bits) * WORD_BITS
 
 
 @dataclass(frozen=True)
@@ -142,19 +182,24 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes and their grid, device- and kernel-agnostic: w ≈ (codes − zeros) · scales."""
+    """Codes and their grid, device- and kernel-agnostic: w ≈ (codes − zero_points) · scales."""
 
     scheme: QuantScheme
     codes: Tensor  # (out_features, in_features) uint8
     scales: Tensor  # (out_features, n_groups) float16, values that scheme.scale_bits can hold
-    zeros: Tensor  # (out_features, n_groups) uint8, whole code values
+    zeros: Tensor  # (out_features, n_groups) uint8 as stored, in steps of scheme.zero_step
     notes: tuple[str, ...] = ()  # what the quantizer had to do out of the ordinary
+
+    @property
+    def zero_points(self) -> Tensor:
+        """What is taken off the codes, (out_features, n_groups) float32."""
+        return self.zeros.float() * self.scheme.zero_step
 
     def dequantize(self) -> Tensor:
         """The weight the kernels compute with, (out_features, in_features) float32."""
         in_features = self.codes.shape[1]
         expand = torch.arange(in_features, device=self.codes.device) // self.scheme.group_size
-        steps = self.codes.float() - self.zeros.float()[:, expand]
+        steps = self.codes.float() - self.zero_points[:, expand]
         return steps * self.scales.float()[:, expand]
 
 

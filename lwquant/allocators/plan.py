@@ -122,6 +122,7 @@ def read_plan(path: Path, linears: Sequence[LinearSpec]) -> BitPlan:
                 int(entry.get("group_size", 64)),
                 bool(entry.get("symmetric")),
                 int(entry.get("scale_bits", 16)),
+                bool(entry.get("fine_zeros")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path}: {spec.name}: {error}") from error

@@ -1,10 +1,11 @@
-"""The on-disk format, version 2: tensor names and the `quantization_config` of config.json.
+"""The on-disk format, version 3: tensor names and the `quantization_config` of config.json.
 
 A quantized linear `name` is stored as
     name.qweight  int32    (out_features, row_words(in_features, bits))  codes, row by row
     name.scales   float16  (out_features, n_groups), or
                   uint8    (out_features, 1 + n_groups)  with scale_bits 8; ops/scale_bytes.py
-    name.zeros    int32    (n_groups, row_words(out_features, bits))     absent when symmetric
+    name.zeros    int32    (n_groups, row_words(out_features, bits)), or
+                  uint8    (n_groups, out_features)  with fine_zeros; absent when symmetric
 and `name.bias` as it was. A linear left at 16 bits keeps `name.weight`. Names are module paths of
 the transformers model. No other file makes up these names.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -21,14 +22,15 @@ from torch import Tensor
 
 import lwquant.ops  # noqa: F401  (declares torch.ops.lwquant)
 from lwquant.errors import CheckpointError
-from lwquant.nn.linear import scale_dtype, stored_scales
+from lwquant.nn.linear import scale_dtype, stored_scales, stored_zeros, zero_layout
 from lwquant.types import FLOAT_BITS, QuantizedWeight, QuantScheme, row_words
 
 QUANT_METHOD = "lwquant"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
+_FLOAT = QuantScheme(FLOAT_BITS)
 _CONFIG_KEYS = {"quant_method", "version", "bpw", "linears"}
-_LINEAR_KEYS = {"bits", "group_size", "symmetric", "scale_bits"}
+_LINEAR_KEYS = {entry.name for entry in fields(QuantScheme)}
 
 
 def quantization_config(schemes: Mapping[str, QuantScheme], bpw: float) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def tensors_of(name: str, quantized: QuantizedWeight) -> Iterator[tuple[str, Ten
     yield f"{name}.qweight", pack(quantized.codes.contiguous(), scheme.bits)
     yield f"{name}.scales", stored_scales(quantized)
     if not scheme.symmetric:
-        yield f"{name}.zeros", pack(quantized.zeros.T.contiguous(), scheme.bits)
+        yield f"{name}.zeros", stored_zeros(quantized)
 
 
 def layout_of(
@@ -102,7 +104,8 @@ def layout_of(
         f"{name}.scales": (scale_dtype(scheme), (out_features, scheme.row_scales(in_features))),
     }
     if not scheme.symmetric:
-        layout[f"{name}.zeros"] = (torch.int32, (n_groups, row_words(out_features, scheme.bits)))
+        dtype, width = zero_layout(scheme, out_features)
+        layout[f"{name}.zeros"] = (dtype, (n_groups, width))
     return layout
 
 
@@ -111,10 +114,11 @@ def _parse_linear(name: str, entry: Any) -> QuantScheme:
     if not isinstance(entry, Mapping):
         raise CheckpointError(f"{where} is {entry!r}, not an object")
     _check_keys(where, entry, _LINEAR_KEYS)
-    numbers = [entry[key] for key in ("bits", "group_size", "scale_bits")]
-    if not (all(type(number) is int for number in numbers) and type(entry["symmetric"]) is bool):
-        raise CheckpointError(f"{where}: {dict(entry)} does not hold three ints and a bool")
-    if entry["bits"] == FLOAT_BITS and (entry["group_size"], entry["symmetric"]) != (0, False):
+    for key, default in asdict(_FLOAT).items():
+        if type(entry[key]) is not type(default):
+            kind = type(default).__name__
+            raise CheckpointError(f"{where}: {key} is {entry[key]!r}, not of type {kind}")
+    if entry["bits"] == FLOAT_BITS and dict(entry) != asdict(_FLOAT):
         raise CheckpointError(f"{where}: 16 bits have no groups, got {dict(entry)}")
     try:
         return QuantScheme(**entry)

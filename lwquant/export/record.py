@@ -39,6 +39,7 @@ class LinearRecord:
     group_size: int
     symmetric: bool
     scale_bits: int
+    fine_zeros: bool
     cost: float | None = None
 
 
@@ -79,6 +80,7 @@ class RunRecord:
                 group_size=entry.get("group_size", _integer),
                 symmetric=entry.get("symmetric", _boolean),
                 scale_bits=entry.get("scale_bits", _integer),
+                fine_zeros=entry.get("fine_zeros", _boolean),
                 cost=entry.optional("cost", _number),
             )
             for name, entry in keys.children("linears")

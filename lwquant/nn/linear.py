@@ -20,7 +20,8 @@ class QuantizedLinear(nn.Module):
         qweight: (out_features, row_words(in_features, bits)) int32.
         scales: (out_features, n_groups) float16, whatever dtype the module is moved to; with
             scale_bits 8 (out_features, 1 + n_groups) uint8, see lwquant/ops/scale_bytes.py.
-        zeros: (n_groups, row_words(out_features, bits)) int32; absent when symmetric.
+        zeros: (n_groups, row_words(out_features, bits)) int32; with fine_zeros (n_groups,
+            out_features) uint8, in steps of scheme.zero_step; absent when symmetric.
     Parameter:
         bias: (out_features,) in the dtype of the model, or None.
 
@@ -51,10 +52,10 @@ class QuantizedLinear(nn.Module):
         self.scheme = scheme
         n_groups, n_scales = scheme.n_groups(in_features), scheme.row_scales(in_features)
         code_words = row_words(in_features, scheme.bits)
-        zero_words = row_words(out_features, scheme.bits)
         qweight = torch.zeros(out_features, code_words, dtype=torch.int32, device=device)
         scales = torch.zeros(out_features, n_scales, dtype=scale_dtype(scheme), device=device)
-        zeros = torch.zeros(n_groups, zero_words, dtype=torch.int32, device=device)
+        zero_dtype, zero_width = zero_layout(scheme, out_features)
+        zeros = torch.zeros(n_groups, zero_width, dtype=zero_dtype, device=device)
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", None if scheme.symmetric else zeros)
@@ -71,7 +72,7 @@ class QuantizedLinear(nn.Module):
         layer.qweight = ops.pack(quantized.codes, scheme.bits)
         layer.scales = stored_scales(quantized).detach().clone()
         if not scheme.symmetric:
-            layer.zeros = ops.pack(quantized.zeros.T.contiguous(), scheme.bits)
+            layer.zeros = stored_zeros(quantized).detach().clone()
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone())
         return layer
@@ -138,6 +139,19 @@ def stored_scales(quantized: QuantizedWeight) -> Tensor:
     if quantized.scheme.scale_bits == 8:
         return encode_scales(quantized.scales)
     return quantized.scales.contiguous()
+
+
+def zero_layout(scheme: QuantScheme, out_features: int) -> tuple[torch.dtype, int]:
+    """The dtype that a scheme's zeros are stored with, and how many for one group of inputs."""
+    if scheme.fine_zeros:
+        return torch.uint8, out_features
+    return torch.int32, row_words(out_features, scheme.bits)
+
+
+def stored_zeros(quantized: QuantizedWeight) -> Tensor:
+    """The zeros as stored, (n_groups, width) as zero_layout() says; not for symmetric schemes."""
+    by_group = quantized.zeros.T.contiguous()
+    return by_group if quantized.scheme.fine_zeros else ops.pack(by_group, quantized.scheme.bits)
 
 
 def _check_symmetric_zeros(quantized: QuantizedWeight) -> None:

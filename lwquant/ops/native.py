@@ -135,8 +135,7 @@ def linear_native(
             in_features,
             scales.data_ptr(),
             *_scale_layout(scales),
-            0 if zeros is None else zeros.data_ptr(),
-            0 if zeros is None else zeros.shape[1],
+            *_zero_layout(zeros),
             0 if bias is None else bias.data_ptr(),
             bits,
             group_size,
@@ -185,8 +184,7 @@ def _dequantize_rows(
         out.shape[1],
         scales.data_ptr(),
         *_scale_layout(scales),
-        0 if zeros is None else zeros.data_ptr(),
-        0 if zeros is None else zeros.shape[1],
+        *_zero_layout(zeros),
         bits,
         group_size,
         row,
@@ -200,6 +198,13 @@ def _scale_layout(scales: Tensor) -> tuple[bool, int]:
     """Whether each scale is a byte, after the byte of its row's window, and groups per row."""
     as_bytes = scales.dtype == torch.uint8
     return as_bytes, scales.shape[1] - as_bytes
+
+
+def _zero_layout(zeros: Tensor | None) -> tuple[int, bool, int]:
+    """Address (0: no zeros), whether each zero is a byte, and bytes or words per group."""
+    if zeros is None:
+        return 0, False, 0
+    return zeros.data_ptr(), zeros.dtype == torch.uint8, zeros.shape[1]
 
 
 def rounding_compiled(*tensors: Tensor | None) -> bool:
@@ -247,6 +252,7 @@ def fit_groups_native(
     bits: int,
     symmetric: bool,
     scale_mantissa: int,
+    halvings: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As quantizers.grid's search for the range of each group, (n,) scales and zeros."""
     n, size = rows.shape
@@ -266,6 +272,8 @@ def fit_groups_native(
         bits,
         symmetric,
         scale_mantissa,
+        halvings is not None,
+        halvings or 0,
         torch.get_num_threads(),
         scales.data_ptr(),
         zeros.data_ptr(),

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lwquant.ops.layout import unpack_reference
 from lwquant.ops.scale_bytes import decode_scales
+from lwquant.types import BYTE_BITS
 
 
 def dequantize_reference(
@@ -22,12 +23,15 @@ def dequantize_reference(
         qweight: (out_features, row_words(in_features, bits)) int32.
         scales: (out_features, n_groups) float16, or (out_features, 1 + n_groups) uint8 as
             lwquant/ops/scale_bytes.py writes them.
-        zeros: (n_groups, row_words(out_features, bits)) int32; None: every zero is 2**(bits−1).
+        zeros: (n_groups, row_words(out_features, bits)) int32, or (n_groups, out_features) uint8
+            in steps of 2**(bits−8); None: every zero is 2**(bits−1).
     """
     codes = unpack_reference(qweight, bits, in_features)
     group = torch.arange(in_features, device=qweight.device) // group_size
     if zeros is None:
         steps = codes.float() - 2.0 ** (bits - 1)
+    elif zeros.dtype == torch.uint8:
+        steps = codes.float() - (zeros.T.float() * 2.0 ** (bits - BYTE_BITS))[:, group]
     else:
         steps = codes.float() - unpack_reference(zeros, bits, qweight.shape[0]).T.float()[:, group]
     if scales.dtype == torch.uint8:

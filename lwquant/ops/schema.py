@@ -83,7 +83,9 @@ def _check_layer(
         _check_tensor("scales", scales, torch.uint8, (out_features, 1 + n_groups))
     else:
         _check_tensor("scales", scales, torch.float16, (out_features, n_groups))
-    if zeros is not None:
+    if zeros is not None and zeros.dtype == torch.uint8:
+        _check_tensor("zeros", zeros, torch.uint8, (n_groups, out_features))
+    elif zeros is not None:
         _check_tensor("zeros", zeros, torch.int32, (n_groups, row_words(out_features, bits)))
 
 

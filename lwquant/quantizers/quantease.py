@@ -50,7 +50,7 @@ def quantease(
     hessian, order = _damped(stats, weight.device, damping)
     if start == "gptq":
         begun = gptq(weight, stats, scheme, damping=damping, search=search)
-        grid = Grid(scheme, begun.scales.float(), begun.zeros.float())
+        grid = Grid(scheme, begun.scales.float(), begun.zero_points)
         current, notes = begun.dequantize(), begun.notes
     else:
         importance = stats.hessian.diagonal().to(weight.device)
@@ -66,7 +66,7 @@ def quantease(
         if refit:
             grid = refit_scales(weight, hessian, codes, grid)
             current = grid.dequantize(codes)
-    return QuantizedWeight(scheme, codes.byte(), grid.scales.half(), grid.zeros.byte(), notes)
+    return grid.weight_of(codes, notes)
 
 
 @lru_cache(maxsize=1)

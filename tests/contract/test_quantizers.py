@@ -9,7 +9,7 @@ from oracles import obs_codes, proxy_loss
 from lwquant.ops.scale_bytes import decode_scales, encode_scales
 from lwquant.quantizers import QUANTIZERS, gptq, rtn
 from lwquant.quantizers.gptq import inverse_cholesky
-from lwquant.quantizers.grid import fit_grid
+from lwquant.quantizers.grid import fit_grid, fit_line
 from lwquant.types import LayerStats, QuantScheme
 
 every_quantizer = pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
@@ -47,11 +47,11 @@ def test_codes_are_in_range_and_shaped_like_the_weight(quantize, bits):
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 @every_width
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("zeros", ["whole", "fine", "none"])
 @pytest.mark.parametrize("scale_bits", [8, 16])
-def test_its_error_is_not_above_that_of_plain_rounding(name, bits, symmetric, scale_bits):
+def test_its_error_is_not_above_that_of_plain_rounding(name, bits, zeros, scale_bits):
     weight, stats = make_layer()
-    scheme = QuantScheme(bits, 16, symmetric, scale_bits)
+    scheme = QuantScheme(bits, 16, zeros == "none", scale_bits, zeros == "fine")
     got = QUANTIZERS[name](weight, stats, scheme).dequantize()
     plain = rtn(weight, stats, scheme).dequantize()
     error = OBJECTIVES[name]
@@ -68,13 +68,30 @@ def test_only_a_quantizer_that_looks_at_no_data_has_an_error_of_its_own(name):
 
 
 @every_quantizer
-def test_more_bits_mean_less_output_error(quantize):
+@pytest.mark.parametrize("fine", [False, True])
+def test_more_bits_mean_less_output_error(quantize, fine):
     weight, stats = make_layer()
+    schemes = [QuantScheme(bits, 16, fine_zeros=fine) for bits in (2, 3, 4, 5, 6, 8)]
     errors = [
-        proxy_loss(weight, quantize(weight, stats, QuantScheme(b, 16)).dequantize(), stats.hessian)
-        for b in (2, 3, 4, 5, 6, 8)
+        proxy_loss(weight, quantize(weight, stats, scheme).dequantize(), stats.hessian)
+        for scheme in schemes
     ]
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_fine_zeros_are_used_and_pay(name, bits):
+    weight, stats = make_layer(80)
+    settings = {"search": True} if name == "rtn" else {}
+    error, found = OBJECTIVES[name], {}
+    for fine in (False, True):
+        scheme = QuantScheme(bits, 16, fine_zeros=fine)
+        got = QUANTIZERS[name](weight, stats, scheme, **settings)
+        found[fine] = error(weight, got.dequantize(), stats.hessian)
+    assert found[True] < 0.95 * found[False]
+    between = got.zeros % round(1 / scheme.zero_step) != 0
+    assert between.double().mean() > 0.8
 
 
 @every_quantizer
@@ -88,9 +105,10 @@ def test_weights_on_the_grid_are_unchanged(quantize):
 
 @every_quantizer
 @pytest.mark.parametrize("scale_bits", [8, 16])
-def test_rows_do_not_influence_each_other(quantize, scale_bits):
+@pytest.mark.parametrize("fine", [False, True])
+def test_rows_do_not_influence_each_other(quantize, scale_bits, fine):
     weight, stats = make_layer()
-    scheme = QuantScheme(3, 16, scale_bits=scale_bits)
+    scheme = QuantScheme(3, 16, scale_bits=scale_bits, fine_zeros=fine)
     whole = quantize(weight, stats, scheme).dequantize()
     changed = weight.clone()
     changed[5] *= -3
@@ -109,9 +127,10 @@ def test_arguments_are_left_alone(quantize):
 
 
 @every_quantizer
-def test_zero_weights_and_silent_inputs_give_zero_and_finite_results(quantize):
+@pytest.mark.parametrize("fine", [False, True])
+def test_zero_weights_and_silent_inputs_give_zero_and_finite_results(quantize, fine):
     weight, stats = make_layer()
-    scheme = QuantScheme(3, 16)
+    scheme = QuantScheme(3, 16, fine_zeros=fine)
     assert not quantize(torch.zeros_like(weight), stats, scheme).dequantize().any()
     silent = stats.hessian.clone()
     silent[3], silent[:, 3] = 0, 0
@@ -288,6 +307,54 @@ def test_plain_rounding_errs_by_at_most_half_a_step_inside_the_range(bits):
     inside = (got.codes > 0) & (got.codes < scheme.max_code)
     error = (got.dequantize() - weight).abs() / got.scales.float()
     assert error[inside].max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_search_for_fine_zeros_is_almost_as_good_as_trying_every_grid(bits):
+    generator = torch.Generator().manual_seed(bits)
+    rows = torch.randn(30, 24, generator=generator)
+    rows[:10] += 0.8  # ends that differ
+    rows[10:15, 3] *= 5
+    importance = torch.rand(24, generator=generator)
+    scheme = QuantScheme(bits, 24, fine_zeros=True)
+
+    def errors(scales, zeros):
+        steps = (rows / scales + zeros).round().clamp(0, scheme.max_code)
+        return (((steps - zeros) * scales - rows).square() * importance).sum(1)
+
+    widest = (rows.amax(1, keepdim=True) - rows.amin(1, keepdim=True)) / scheme.max_code
+    tries = [
+        errors(widest * share, byte * scheme.zero_step)
+        for share in torch.linspace(0.25, 1.1, 80).tolist()
+        for byte in range(0, 256, 2)
+    ]
+    best = torch.stack(tries).amin(0)
+    grid = fit_grid(rows, scheme, importance)
+    ratios = errors(grid.scales, grid.zeros) / best
+    assert ratios.mean() < 1.02 and ratios.max() < 1.2
+    whole = fit_grid(rows, QuantScheme(bits, 24), importance)
+    assert (errors(whole.scales, whole.zeros) / best).mean() > 1.15
+
+
+@pytest.mark.parametrize("bits", [2, 5])
+def test_a_fitted_line_is_the_least_squares_one(bits):
+    generator = torch.Generator().manual_seed(0)
+    scheme = QuantScheme(bits, 16, fine_zeros=True)
+    codes = torch.randint(scheme.max_code + 1, (6, 16), generator=generator).float()
+    values = 0.3 * (codes - 1.3) + 0.05 * torch.randn(6, 16, generator=generator)
+    importance = torch.rand(6, 16, generator=generator)
+    importance[:, 14:] = 0
+    values[:, 14:] = 100.0  # not looked at
+    scale, zero = fit_line(values, codes, importance, torch.ones(6, 1), scheme)
+    for row in range(6):
+        root = importance[row].double().sqrt()[:, None]
+        unknowns = torch.stack([codes[row], torch.ones(16)], 1).double()
+        slope, offset = torch.linalg.lstsq(root * unknowns, root * values[row].double()[:, None])[0]
+        assert scale[row].item() == pytest.approx(slope.item(), rel=2**-11)
+        wanted = -offset / scale[row].item()
+        assert zero[row].item() == pytest.approx(wanted.item(), abs=0.51 * scheme.zero_step)
+    falling, _ = fit_line(-values, codes, importance, torch.full((6, 1), 0.5), scheme)
+    assert torch.equal(falling, torch.full((6, 1), 0.5))
 
 
 def test_the_grid_search_finds_what_trying_every_range_finds():

@@ -14,7 +14,7 @@ from lwquant.model.structure import as_linear, set_weight
 from lwquant.quantizers import rtn
 from lwquant.types import QuantizedWeight, QuantScheme
 
-SCHEMES = (QuantScheme(2, 8), QuantScheme(3, 8, symmetric=True))
+SCHEMES = (QuantScheme(2, 8, fine_zeros=True), QuantScheme(3, 8, symmetric=True))
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_learning_begins_at_the_codes_of_the_start(problem):
         assert torch.equal(weight_of(linear.module), linear.start.dequantize())
         # A weight whose nearest code is its own begins where it lies.
         expand = torch.arange(linear.target.shape[1]) // linear.start.scheme.group_size
-        scales, zeros = linear.start.scales.float()[:, expand], linear.start.zeros[:, expand]
+        scales, zeros = linear.start.scales.float()[:, expand], linear.start.zero_points[:, expand]
         lies = linear.target / scales + zeros
         near = (lies - linear.start.codes.float()).abs() < block_tuning.EDGE
         near &= (lies > 0) & (lies < linear.start.scheme.max_code)
@@ -166,7 +166,7 @@ def test_gradients_are_those_of_autograd_through_the_definition(problem):
         for column in range(code.shape[1]):
             group = column // start.scheme.group_size
             scale = start.scales[:, group].float() * shift[:, group].exp()
-            columns.append((code[:, column] - start.zeros[:, group].float()) * scale)
+            columns.append((code[:, column] - start.zero_points[:, group]) * scale)
         leaves[name] = (code, shift)
         swapped[f"{name}.weight"] = as_linear(one.module, torch.stack(columns, 1))
     output = torch.func.functional_call(block, swapped, (inputs,))

@@ -13,7 +13,7 @@ from lwquant.model.decoder import Decoder
 from lwquant.quantizers import rtn
 from lwquant.types import QuantizedWeight, QuantScheme
 
-SCHEMES = (QuantScheme(2, 32), QuantScheme(3, 32), QuantScheme(16))
+SCHEMES = (QuantScheme(2, 32), QuantScheme(3, 32, fine_zeros=True), QuantScheme(16))
 
 
 def open_quantized(folder, flip):
@@ -38,7 +38,7 @@ def kl_of(model, weights, tokens, scales=None):
         if isinstance(kept, QuantizedWeight):
             expand = torch.arange(kept.codes.shape[1]) // kept.scheme.group_size
             own = kept.scales.float() if scales is None else scales[name]
-            weight = (kept.codes.float() - kept.zeros.float()[:, expand]) * own[:, expand]
+            weight = (kept.codes.float() - kept.zero_points[:, expand]) * own[:, expand]
         else:
             weight = kept.float()
         flip = isinstance(model.get_submodule(name), Conv1D)

@@ -22,15 +22,17 @@ SCHEMES = {
     "model.layers.0.k_proj": QuantScheme(4, 128, symmetric=True),
     "model.layers.0.v_proj": QuantScheme(16),
     "model.layers.0.o_proj": QuantScheme(3, 64, scale_bits=8),
+    "model.layers.0.up_proj": QuantScheme(2, 64, fine_zeros=True),
 }
 
 
-def entry(bits, group_size, symmetric, scale_bits):
+def entry(bits, group_size, symmetric, scale_bits, fine_zeros=False):
     return {
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
         "scale_bits": scale_bits,
+        "fine_zeros": fine_zeros,
     }
 
 
@@ -38,15 +40,15 @@ def random_weight(scheme: QuantScheme, out_features: int, in_features: int) -> Q
     generator = torch.Generator().manual_seed(scheme.bits)
     groups = (out_features, scheme.n_groups(in_features))
 
-    def codes(shape: tuple[int, int]) -> torch.Tensor:
-        return torch.randint(2**scheme.bits, shape, generator=generator, dtype=torch.uint8)
+    def codes(shape: tuple[int, int], most: int = scheme.max_code) -> torch.Tensor:
+        return torch.randint(most + 1, shape, generator=generator, dtype=torch.uint8)
 
     middle = torch.full(groups, 2 ** (scheme.bits - 1), dtype=torch.uint8)
     return QuantizedWeight(
         scheme,
         codes((out_features, in_features)),
         storable_scale(torch.rand(groups, generator=generator) + 0.01, scheme).half(),
-        middle if scheme.symmetric else codes(groups),
+        middle if scheme.symmetric else codes(groups, scheme.max_zero),
     )
 
 
@@ -55,16 +57,17 @@ def test_the_config_survives_json_and_parsing():
     assert parse_quantization_config(config) == (SCHEMES, 3.625)
 
 
-def test_the_config_is_spelled_as_version_2():
+def test_the_config_is_spelled_as_version_3():
     assert quantization_config(SCHEMES, 3.5) == {
         "quant_method": "lwquant",
-        "version": 2,
+        "version": 3,
         "bpw": 3.5,
         "linears": {
             "model.layers.0.q_proj": entry(3, 64, False, 16),
             "model.layers.0.k_proj": entry(4, 128, True, 16),
             "model.layers.0.v_proj": entry(16, 0, False, 16),
             "model.layers.0.o_proj": entry(3, 64, False, 8),
+            "model.layers.0.up_proj": entry(2, 64, False, 16, True),
         },
     }
 
@@ -73,9 +76,9 @@ def test_the_config_is_spelled_as_version_2():
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method='gptq' is not 'lwquant'"),
-        ({"version": 1}, "version=1 is not 2"),
-        ({"version": True}, "version=True is not 2"),
-        ({"version": "2"}, "version='2' is not 2"),
+        ({"version": 2}, "version=2 is not 3"),
+        ({"version": True}, "version=True is not 3"),
+        ({"version": "3"}, "version='3' is not 3"),
         ({"desc_act": True}, "unknown keys: desc_act"),
         ({"bpw": "3.5"}, "bpw='3.5' is not a positive number"),
         ({"bpw": float("nan")}, "bpw=nan is not a positive number"),
@@ -84,7 +87,7 @@ def test_the_config_is_spelled_as_version_2():
         ({"linears": []}, "linears names no linear"),
     ],
 )
-def test_a_config_that_is_not_version_2_is_refused(change, message):
+def test_a_config_that_is_not_version_3_is_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
         parse_quantization_config(quantization_config(SCHEMES, 3.5) | change)
 
@@ -101,17 +104,20 @@ def test_a_config_that_lacks_a_key_is_refused_by_its_name(key):
     ("entry", "message"),
     [
         (4, "is 4, not an object"),
-        ({"bits": 4, "group_size": 64}, "lacks scale_bits, symmetric"),
+        ({"bits": 4, "group_size": 64}, "lacks fine_zeros, scale_bits, symmetric"),
         ({**entry(4, 64, False, 16), "zp": 1}, "unknown keys: zp"),
         (entry(9, 64, False, 16), "bits=9"),
         (entry(1, 64, False, 16), "bits=1"),
         (entry(4, 0, False, 16), "group_size=0"),
         (entry(4, 64, False, 6), "scale_bits=6"),
-        (entry(4.0, 64, False, 16), "three ints and a bool"),
-        (entry(4, True, False, 16), "three ints and a bool"),
-        (entry(4, 64, 0, 16), "three ints and a bool"),
-        (entry(4, 64, False, "8"), "three ints and a bool"),
+        (entry(4.0, 64, False, 16), r"bits is 4\.0, not of type int"),
+        (entry(4, True, False, 16), "group_size is True, not of type int"),
+        (entry(4, 64, 0, 16), "symmetric is 0, not of type bool"),
+        (entry(4, 64, False, "8"), "scale_bits is '8', not of type int"),
+        (entry(4, 64, False, 16, 1), "fine_zeros is 1, not of type bool"),
+        (entry(4, 64, True, 16, True), "a symmetric scheme stores no zeros"),
         (entry(16, 64, False, 16), "16 bits have no groups"),
+        (entry(16, 0, False, 16, True), "16 bits have no groups"),
     ],
 )
 def test_a_linear_that_no_scheme_describes_is_refused_by_its_name(entry, message):
@@ -121,11 +127,11 @@ def test_a_linear_that_no_scheme_describes_is_refused_by_its_name(entry, message
         parse_quantization_config(config)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("zeros", ["whole", "fine", "none"])
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("scale_bits", [8, 16])
-def test_tensors_have_the_stated_layout_and_exactly_the_stored_bits(bits, symmetric, scale_bits):
-    scheme = QuantScheme(bits, 48, symmetric, scale_bits)
+def test_tensors_have_the_stated_layout_and_exactly_the_stored_bits(bits, zeros, scale_bits):
+    scheme = QuantScheme(bits, 48, zeros == "none", scale_bits, zeros == "fine")
     tensors = dict(tensors_of("up", random_weight(scheme, 33, 100)))
     layout = layout_of("up", 33, 100, scheme)
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == layout
@@ -138,6 +144,24 @@ def test_code_k_of_a_row_sits_at_bit_k_times_bits_of_its_little_endian_stream():
     for stored, codes in (("up.qweight", weight.codes), ("up.zeros", weight.zeros.T)):
         stream = int.from_bytes(tensors[stored][1].numpy().tobytes(), "little")
         assert [stream >> 3 * k & 7 for k in range(codes.shape[1])] == codes[1].tolist()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.label)
+def test_a_label_names_its_scheme(scheme):
+    assert QuantScheme.parse(scheme.label) == scheme
+    with pytest.raises(ValueError, match="is not of the form"):
+        QuantScheme.parse(f"{scheme.label}-z7")
+
+
+def test_a_fine_zero_is_the_byte_that_stands_for_it():
+    scheme = QuantScheme(3, 48, fine_zeros=True)
+    weight = random_weight(scheme, 33, 100)
+    stored = dict(tensors_of("up", weight))["up.zeros"]
+    assert stored.dtype == torch.uint8 and torch.equal(stored, weight.zeros.T)
+    scale, byte = weight.scales[5, 2].item(), int(stored[2, 5])
+    assert byte % 32  # between the codes
+    expected = (int(weight.codes[5, 99]) - byte / 32) * scale
+    assert weight.dequantize()[5, 99].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_symmetric_weight_with_a_zero_off_the_middle_is_refused():

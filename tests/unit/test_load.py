@@ -36,6 +36,7 @@ MENU = (
     QuantScheme(6, 16),
     QuantScheme(8, 4096),
     QuantScheme(3, 32, scale_bits=8),
+    QuantScheme(2, 48, fine_zeros=True),
 )
 SHARD_BYTES = 40_000
 EIGHT = asdict(QuantScheme(8, 64))
@@ -62,11 +63,12 @@ def rounded(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
             zero = middle
         else:
             scale = storable_scale((high - low) / scheme.max_code, scheme)
-            zero = (-low / scale).round().clamp(0, scheme.max_code)
-        steps = (part / scale[:, None]).round() + zero[:, None]
+            zero = (-low / scale / scheme.zero_step).round().clamp(0, scheme.max_zero)
+            zero *= scheme.zero_step
+        steps = (part / scale[:, None] + zero[:, None]).round()
         codes.append(steps.clamp(0, scheme.max_code).byte())
         scales.append(scale.half())
-        zeros.append(zero.byte())
+        zeros.append((zero / scheme.zero_step).byte())
     return QuantizedWeight(
         scheme, torch.cat(codes, 1), torch.stack(scales, 1), torch.stack(zeros, 1)
     )
@@ -456,7 +458,7 @@ def test_a_truncated_shard_is_an_error_that_names_the_file(llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(version=3), "version=3 is not 2"),
+        (lambda q: q.update(version=2), "version=2 is not 3"),
         (lambda q: q["linears"].update({"model.nope": EIGHT}), "no module 'model.nope'"),
         (lambda q: q["linears"].update({"model.norm": EIGHT}), "'model.norm' is a .*Norm, not"),
     ],

@@ -166,6 +166,9 @@ def test_no_kernel_reads_beyond_the_end_of_a_tensor():
                         x = guarded(torch.ones(2, inputs))
                         y = ops.linear(x, packed, scales, zeros, None, bits, group)
                         assert y.abs().max() < 1e-3  # code - zero is 0 everywhere
+                        one = torch.full((groups, 3), 2 ** (8 - bits), dtype=torch.uint8)
+                        fine = ops.linear(x, packed, scales, guarded(one), None, bits, group)
+                        assert torch.equal(fine, y)
                         assert torch.equal(ops.unpack(packed, bits, inputs), codes)
         print("survived", flush=True)
         import os; os._exit(0)  # the maps are still exported: do not tear them down

@@ -19,13 +19,14 @@ SCHEMES = [
     QuantScheme(8, 1000),
     QuantScheme(4, 64, symmetric=True),
     QuantScheme(3, 64, scale_bits=8),
+    QuantScheme(3, 64, scale_bits=8, fine_zeros=True),
 ]
 by_label = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
 
 
 def random_weight(scheme: QuantScheme, out_features: int = 24, in_features: int = 100):
     shape = (out_features, scheme.n_groups(in_features))
-    zeros = torch.randint(0, 2**scheme.bits, shape, dtype=torch.uint8)
+    zeros = torch.randint(0, scheme.max_zero + 1, shape, dtype=torch.uint8)
     return QuantizedWeight(
         scheme=scheme,
         codes=torch.randint(0, 2**scheme.bits, (out_features, in_features), dtype=torch.uint8),
