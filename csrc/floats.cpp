@@ -52,6 +52,28 @@ void dequantize_row(const Isa& isa, const Weight& w, int64_t row, uint8_t* codes
       out[k] = (static_cast<float>(codes[k]) - zero) * scale;
     }
   }
+  if (!w.outlier_rows) return;
+  for (int32_t k = w.outlier_rows[row]; k < w.outlier_rows[row + 1]; ++k) {
+    out[outlier_column(w, k)] += half_to_float(w.outlier_values[k]);
+  }
+}
+
+int64_t outlier_column(const Weight& w, int64_t index) {
+  return w.narrow_columns ? w.narrow_columns[index] : w.wide_columns[index];
+}
+
+void add_outliers(const Weight& w, const float* x, int64_t n_tokens, int64_t row, int64_t n_rows,
+                  float* y) {
+  if (!w.outlier_rows) return;
+  for (int64_t r = row; r < row + n_rows; ++r) {
+    for (int32_t k = w.outlier_rows[r]; k < w.outlier_rows[r + 1]; ++k) {
+      const float value = half_to_float(w.outlier_values[k]);
+      const float* input = x + outlier_column(w, k);
+      for (int64_t t = 0; t < n_tokens; ++t) {
+        y[t * w.out_features + r] += value * input[t * w.in_features];
+      }
+    }
+  }
 }
 
 float dot(const float* a, const float* b, int64_t n) {

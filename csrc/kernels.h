@@ -35,6 +35,11 @@ struct Weight {
   int64_t n_groups;
   int64_t row_words;
   int64_t zero_words;
+  // What is added to single weights, row r from outlier_rows[r] on; null: nothing is.
+  const uint16_t* outlier_values;   // float16 bits
+  const uint16_t* narrow_columns;   // or null
+  const int32_t* wide_columns;      // otherwise
+  const int32_t* outlier_rows;      // (out_features + 1)
 };
 
 constexpr int kByteExponent = 10;  // a row's first byte, shifted so, starts its window
@@ -90,8 +95,12 @@ uint8_t code_at(int bits, const int32_t* words, int64_t index);
 float half_to_float(uint16_t half);
 float scale_at(const Weight&, int64_t row, int64_t group);
 float zero_at(const Weight&, int64_t row, int64_t group);
-// One row as float32: (code - zero) * scale. `codes` has room for in_features bytes.
+// One row as float32: (code - zero) * scale + outlier. `codes` has room for in_features bytes.
 void dequantize_row(const Isa&, const Weight&, int64_t row, uint8_t* codes, float* out);
+int64_t outlier_column(const Weight&, int64_t index);
+// y (n_tokens, out_features): adds what the outliers of rows [row, row + n_rows) make of x.
+void add_outliers(const Weight&, const float* x, int64_t n_tokens, int64_t row, int64_t n_rows,
+                  float* y);
 float dot(const float* a, const float* b, int64_t n);
 
 // activations.cpp: false when a value is NaN or infinite (then q means nothing)

@@ -47,7 +47,7 @@ class _Tuned:
         return in_window(storable_scale(moved, scheme), scheme)
 
     def dequantize(self) -> Tensor:
-        return self._steps() * self.scales()[:, self._expand()]
+        return self.weight.plus_outliers(self._steps() * self.scales()[:, self._expand()])
 
     def slope(self, gradient: Tensor) -> Tensor:
         """Gradient in the shift, from that in the weight (out_features, in_features)."""

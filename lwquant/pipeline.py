@@ -108,7 +108,8 @@ def quantize(
     check_output(output, overwrite)
     with fast_float32():
         opened = open_model(model, device, revision, transform)
-        target = bpw_of_size(opened, size) if size is not None else bpw
+        outliers = chosen.outliers > 0
+        target = bpw_of_size(opened, size, outliers) if size is not None else bpw
         given = _given_plan(plan, opened)
         known = read_report(Path(report)) if isinstance(report, str | Path) else report
         check_report(known, opened)

@@ -49,6 +49,7 @@ class Recipe:
     symmetric: bool = False
     scale_bits: int = 8  # 16: scales as plain float16
     fine_zeros: bool = False  # a byte per zero, finer than the codes
+    outliers: int = 0  # per thousand weights with a 16-bit float apart; quantizer "quantease" only
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
     polish: int = 0  # steps of learned rounding per block; see block_tuning.py
     tune: int = 0  # further windows to tune all scales together on; see finetune.py
@@ -74,6 +75,11 @@ class Recipe:
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise LwquantError(f"bits={self.bits} must be different widths, at least one")
         self.schemes()
+        if self.outliers and not _finds_outliers(self.quantizer):
+            raise LwquantError(
+                f"outliers={self.outliers} needs quantizer 'quantease', the only one that looks for"
+                " outliers"
+            )
 
     def schemes(self) -> tuple[QuantScheme, ...]:
         """The menu: narrow to wide, and from large groups to small ones within a width."""
@@ -89,7 +95,14 @@ class Recipe:
             raise LwquantError(str(error)) from error
 
     def scheme(self, bits: int) -> QuantScheme:
-        return QuantScheme(bits, self.group_size, self.symmetric, self.scale_bits, self.fine_zeros)
+        return QuantScheme(
+            bits,
+            self.group_size,
+            self.symmetric,
+            self.scale_bits,
+            self.fine_zeros,
+            self.outliers,
+        )
 
     def rounding(self) -> Rounding:
         """Everything about how linears are rounded; LwquantError for unknown names."""
@@ -151,7 +164,16 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
     counts = ("n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size")
-    for name in (*counts, "scale_bits", "expand", "polish", "tune", "remeasure", "local_search"):
+    for name in (
+        *counts,
+        "scale_bits",
+        "outliers",
+        "expand",
+        "polish",
+        "tune",
+        "remeasure",
+        "local_search",
+    ):
         if not isinstance(getattr(recipe, name), int):
             raise LwquantError(f"recipe {where}: {name} must be a whole number")
     return recipe
@@ -196,6 +218,13 @@ def rounding_of(quantizer: Method, correction: Method) -> Rounding:
     choices = {**CORRECTIONS, "none": None, "gptaq": None}
     found = _look_up("correction", choices, correction)
     return Rounding(resolved, found, _records_of(found))
+
+
+def _finds_outliers(quantizer: Method) -> bool:
+    """Whether a scheme with outliers may reach it: not one of ours but quantease."""
+    resolved = _look_up("quantizer", QUANTIZERS, quantizer)
+    base = resolved.func if isinstance(resolved, partial) else resolved
+    return base is QUANTIZERS["quantease"] or base not in QUANTIZERS.values()
 
 
 def _records_of(correction: Callable[..., Any]) -> Records:

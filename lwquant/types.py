@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,6 +18,8 @@ SCALE_BITS = (8, 16)
 FLOAT_BITS = 16
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 BYTE_BITS = 8
+MAX_OUTLIERS = 100  # per thousand weights; long before that a wider code is the better use of bits
+NARROW_COLUMNS = 2**16  # inputs up to which the column of an outlier takes 16 bits
 
 # What a walk records of a linear besides its inputs: nothing; what the residual stream lacks after
 # it, or else how its inputs differ from the float model's; or both.
@@ -40,7 +42,8 @@ class QuantScheme:
     `bits` 16 means "left as a 16-bit float"; its group size is 0. A group size that does not
     divide in_features leaves a shorter last group; one at least in_features means one per row.
     `scale_bits` 8 stores scales as lwquant/ops/scale_bytes.py says, 16 as float16. A zero is a
-    whole code; with `fine_zeros` it is a byte that counts in steps of `zero_step`.
+    whole code; with `fine_zeros` it is a byte that counts in steps of `zero_step`. Of every
+    thousand weights, `outliers` have a 16-bit float added to what their code stands for.
     """
 
     bits: int
@@ -48,6 +51,7 @@ class QuantScheme:
     symmetric: bool = False
     scale_bits: int = 16
     fine_zeros: bool = False
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         if self.bits == FLOAT_BITS:
@@ -55,6 +59,7 @@ class QuantScheme:
             object.__setattr__(self, "symmetric", False)
             object.__setattr__(self, "scale_bits", 16)
             object.__setattr__(self, "fine_zeros", False)
+            object.__setattr__(self, "outliers", 0)
         elif self.bits not in WIDTHS:
             raise ValueError(f"bits={self.bits} is not one of {(*WIDTHS, FLOAT_BITS)}")
         elif self.group_size < 1:
@@ -63,6 +68,10 @@ class QuantScheme:
             raise ValueError(f"scale_bits={self.scale_bits} is not one of {SCALE_BITS}")
         elif self.symmetric and self.fine_zeros:
             raise ValueError("a symmetric scheme stores no zeros, so fine_zeros has no meaning")
+        elif not 0 <= self.outliers <= MAX_OUTLIERS:
+            raise ValueError(
+                f"outliers={self.outliers} per thousand must be between 0 and {MAX_OUTLIERS}"
+            )
 
     @property
     def is_float(self) -> bool:
@@ -96,13 +105,16 @@ class QuantScheme:
         ('3b-g64', '4b-g128-sym', '16b')
         >>> QuantScheme(3, scale_bits=8).label, QuantScheme(3, fine_zeros=True).label
         ('3b-g64-s8', '3b-g64-z8')
+        >>> QuantScheme(2, scale_bits=8, outliers=5).label
+        '2b-g64-s8-o5'
         """
         if self.is_float:
             return f"{FLOAT_BITS}b"
         symmetric = "-sym" if self.symmetric else ""
         scales = f"-s{self.scale_bits}" if self.scale_bits != 16 else ""
         zeros = f"-z{BYTE_BITS}" if self.fine_zeros else ""
-        return f"{self.bits}b-g{self.group_size}{symmetric}{scales}{zeros}"
+        outliers = f"-o{self.outliers}" if self.outliers else ""
+        return f"{self.bits}b-g{self.group_size}{symmetric}{scales}{zeros}{outliers}"
 
     @classmethod
     def parse(cls, label: str) -> QuantScheme:
@@ -113,12 +125,15 @@ class QuantScheme:
         """
         if label == f"{FLOAT_BITS}b":
             return cls(FLOAT_BITS)
-        pattern = r"(?P<bits>\d+)b-g(?P<size>\d+)(?P<sym>-sym)?(-s(?P<scale>\d+))?(?P<fine>-z8)?"
+        pattern = (
+            r"(?P<bits>\d+)b-g(?P<size>\d+)(?P<sym>-sym)?(-s(?P<scale>\d+))?(?P<fine>-z8)?"
+            r"(-o(?P<outliers>\d+))?"
+        )
         match = re.fullmatch(pattern, label)
         if match is None:
             raise ValueError(
-                f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym', '3b-g64-s8-z8' or"
-                " '16b'"
+                f"scheme {label!r} is not of the form '3b-g64', '4b-g128-sym', '3b-g64-s8-z8-o5'"
+                " or '16b'"
             )
         return cls(
             bits=int(match["bits"]),
@@ -126,7 +141,12 @@ class QuantScheme:
             symmetric=match["sym"] is not None,
             scale_bits=int(match["scale"] or 16),
             fine_zeros=match["fine"] is not None,
+            outliers=int(match["outliers"] or 0),
         )
+
+    @property
+    def without_outliers(self) -> QuantScheme:
+        return replace(self, outliers=0)
 
     def n_groups(self, in_features: int) -> int:
         return 0 if self.is_float else -(-in_features // self.group_size)
@@ -136,7 +156,7 @@ class QuantScheme:
         return self.n_groups(in_features) + (self.scale_bits == 8)
 
     def stored_bits(self, out_features: int, in_features: int) -> int:
-        """Every bit this scheme writes for one weight: padded code rows, scales, zeros.
+        """Every bit this scheme writes for one weight: padded code rows, scales, zeros, outliers.
 
         >>> QuantScheme(3, 64).stored_bits(576, 576) / (576 * 576)
         3.296875
@@ -144,13 +164,27 @@ class QuantScheme:
         3.185763888888889
         >>> QuantScheme(3, 64, scale_bits=8, fine_zeros=True).stored_bits(576, 576) / (576 * 576)
         3.263888888888889
+        >>> QuantScheme(3, 64, scale_bits=8, outliers=5).stored_bits(576, 576) / (576 * 576)
+        3.401309919945988
         """
         if self.is_float:
             return FLOAT_BITS * out_features * in_features
         codes = out_features * row_words(in_features, self.bits) * WORD_BITS
         scales = out_features * self.row_scales(in_features) * self.scale_bits
         zeros = self.n_groups(in_features) * self._bits_of_zeros(out_features)
-        return codes + scales + zeros
+        return codes + scales + zeros + self._bits_of_outliers(out_features, in_features)
+
+    def n_outliers(self, out_features: int, in_features: int) -> int:
+        """How many entries one weight has, whatever its values."""
+        return self.outliers * out_features * in_features // 1000
+
+    def _bits_of_outliers(self, out_features: int, in_features: int) -> int:
+        """A value and a column each, and the 32-bit row pointers."""
+        if not self.outliers:
+            return 0
+        column = 16 if in_features <= NARROW_COLUMNS else 32
+        entries = self.n_outliers(out_features, in_features) * (16 + column)
+        return entries + 32 * (out_features + 1)
 
     def _bits_of_zeros(self, out_features: int) -> int:
         """Stored bits of the zeros of one group of inputs."""
@@ -181,14 +215,44 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class Outliers:
+    """What is added to single weights, row by row: those of row r start at rows[r]."""
+
+    values: Tensor  # (n,) float16
+    columns: Tensor  # (n,) int32, in [0, in_features)
+    rows: Tensor  # (out_features + 1,) int32: 0, never falling, n
+
+    @classmethod
+    def largest(cls, dense: Tensor, n: int) -> Outliers:
+        """The `n` largest entries by magnitude of dense (out_features, in_features)."""
+        chosen = torch.zeros(dense.numel(), dtype=torch.bool, device=dense.device)
+        chosen[dense.abs().flatten().topk(n).indices] = True
+        chosen = chosen.view(dense.shape)
+        rows = torch.nn.functional.pad(chosen.sum(1).cumsum(0), (1, 0)).int()
+        return cls(dense[chosen].half(), chosen.nonzero()[:, 1].int(), rows)
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """A new weight (out_features, in_features), float32 like the given one."""
+        out_features = len(self.rows) - 1
+        numbers = torch.arange(out_features, device=weight.device)
+        row = numbers.repeat_interleave(self.rows.diff().long())
+        places = (row, self.columns.long())
+        return weight.index_put(places, self.values.float(), accumulate=True)
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes and their grid, device- and kernel-agnostic: w ≈ (codes − zero_points) · scales."""
+    """Codes and their grid, device- and kernel-agnostic: w ≈ (codes − zero_points) · scales.
+
+    Outliers, where there are some, are added to that.
+    """
 
     scheme: QuantScheme
     codes: Tensor  # (out_features, in_features) uint8
     scales: Tensor  # (out_features, n_groups) float16, values that scheme.scale_bits can hold
     zeros: Tensor  # (out_features, n_groups) uint8 as stored, in steps of scheme.zero_step
     notes: tuple[str, ...] = ()  # what the quantizer had to do out of the ordinary
+    outliers: Outliers | None = None  # None where the scheme has none
 
     @property
     def zero_points(self) -> Tensor:
@@ -200,7 +264,11 @@ class QuantizedWeight:
         in_features = self.codes.shape[1]
         expand = torch.arange(in_features, device=self.codes.device) // self.scheme.group_size
         steps = self.codes.float() - self.zero_points[:, expand]
-        return steps * self.scales.float()[:, expand]
+        return self.plus_outliers(steps * self.scales.float()[:, expand])
+
+    def plus_outliers(self, weight: Tensor) -> Tensor:
+        """The weight (out_features, in_features) float32 with the outliers, if any, added."""
+        return weight if self.outliers is None else self.outliers.added_to(weight)
 
 
 @dataclass(frozen=True)

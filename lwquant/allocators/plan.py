@@ -123,6 +123,7 @@ def read_plan(path: Path, linears: Sequence[LinearSpec]) -> BitPlan:
                 bool(entry.get("symmetric")),
                 int(entry.get("scale_bits", 16)),
                 bool(entry.get("fine_zeros")),
+                int(entry.get("outliers", 0)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path}: {spec.name}: {error}") from error

@@ -6,6 +6,10 @@ A quantized linear `name` is stored as
                   uint8    (out_features, 1 + n_groups)  with scale_bits 8; ops/scale_bytes.py
     name.zeros    int32    (n_groups, row_words(out_features, bits)), or
                   uint8    (n_groups, out_features)  with fine_zeros; absent when symmetric
+and where the scheme has outliers, n of them, as compressed rows
+    name.outlier_values   float16  (n,)
+    name.outlier_columns  int16    (n,), or int32 from 65537 inputs on; ops/outliers.py
+    name.outlier_rows     int32    (out_features + 1,)
 and `name.bias` as it was. A linear left at 16 bits keeps `name.weight`. Names are module paths of
 the transformers model. No other file makes up these names.
 """
@@ -22,7 +26,14 @@ from torch import Tensor
 
 import lwquant.ops  # noqa: F401  (declares torch.ops.lwquant)
 from lwquant.errors import CheckpointError
-from lwquant.nn.linear import scale_dtype, stored_scales, stored_zeros, zero_layout
+from lwquant.nn.linear import (
+    outlier_layout,
+    scale_dtype,
+    stored_outliers,
+    stored_scales,
+    stored_zeros,
+    zero_layout,
+)
 from lwquant.types import FLOAT_BITS, QuantizedWeight, QuantScheme, row_words
 
 QUANT_METHOD = "lwquant"
@@ -72,7 +83,8 @@ def parse_quantization_config(config: Mapping[str, Any]) -> tuple[dict[str, Quan
 def tensors_of(name: str, quantized: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything stored for one quantized linear, its bias aside.
 
-    Raises ValueError where a symmetric weight has a zero off the middle of the codes.
+    Raises ValueError where a symmetric weight has a zero off the middle of the codes, or there are
+    not as many outliers as the scheme says.
     """
     scheme = quantized.scheme
     middle = 2 ** (scheme.bits - 1)
@@ -83,11 +95,13 @@ def tensors_of(name: str, quantized: QuantizedWeight) -> Iterator[tuple[str, Ten
     yield f"{name}.scales", stored_scales(quantized)
     if not scheme.symmetric:
         yield f"{name}.zeros", stored_zeros(quantized)
+    for leaf, tensor in stored_outliers(quantized):
+        yield f"{name}.{leaf}", tensor
 
 
 def layout_of(
     name: str, out_features: int, in_features: int, scheme: QuantScheme
-) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of the tensors that `tensors_of` yields; none for a linear at 16 bits.
 
     >>> for tensor, layout in layout_of("up", 8, 96, QuantScheme(3, 64)).items():
@@ -99,13 +113,16 @@ def layout_of(
     if scheme.is_float:
         return {}
     n_groups = scheme.n_groups(in_features)
-    layout = {
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"{name}.qweight": (torch.int32, (out_features, row_words(in_features, scheme.bits))),
         f"{name}.scales": (scale_dtype(scheme), (out_features, scheme.row_scales(in_features))),
     }
     if not scheme.symmetric:
         dtype, width = zero_layout(scheme, out_features)
         layout[f"{name}.zeros"] = (dtype, (n_groups, width))
+    if scheme.outliers:
+        stored = outlier_layout(scheme, out_features, in_features)
+        layout |= {f"{name}.{leaf}": entry for leaf, entry in stored.items()}
     return layout
 
 

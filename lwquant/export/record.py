@@ -40,6 +40,7 @@ class LinearRecord:
     symmetric: bool
     scale_bits: int
     fine_zeros: bool
+    outliers: int
     cost: float | None = None
 
 
@@ -81,6 +82,7 @@ class RunRecord:
                 symmetric=entry.get("symmetric", _boolean),
                 scale_bits=entry.get("scale_bits", _integer),
                 fine_zeros=entry.get("fine_zeros", _boolean),
+                outliers=entry.get("outliers", _integer),
                 cost=entry.optional("cost", _number),
             )
             for name, entry in keys.children("linears")

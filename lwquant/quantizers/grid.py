@@ -66,8 +66,13 @@ def fit_grid(
     scales and real zero-points together, coarsely and then finely; how the pairs are chosen is
     ours.
 
-    Raises ValueError when a scale leaves float16's range.
+    Raises ValueError when a scale leaves float16's range, and for a scheme with outliers: a grid
+    is fitted to what they leave.
     """
+    if scheme.outliers:
+        raise ValueError(
+            f"scheme {scheme.label} has outliers, which only the quantizer quantease looks for"
+        )
     out_features, in_features = weight.shape
     n_groups, size = scheme.n_groups(in_features), min(scheme.group_size, in_features)
     padding = n_groups * size - in_features

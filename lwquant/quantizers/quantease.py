@@ -3,11 +3,13 @@
 Behdin et al., "QuantEase: Optimization-based Quantization for Language Models",
 arXiv:2309.01885. A sweep visits the input columns in turn and puts each weight on the grid point
 that is best given all others. Ours alternates sweeps with the least-squares scales of the codes
-found (as the codebook step of GuidedQuant's LNQ, arXiv:2505.07004, here for group scales).
+found (as the codebook step of GuidedQuant's LNQ, arXiv:2505.07004, here for group scales). Where
+the scheme has outliers, the sweeps alternate with steps on these, too: see outliers.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
@@ -17,8 +19,9 @@ from torch import Tensor
 from lwquant.ops.rounding import round_columns
 from lwquant.quantizers.gptq import gptq
 from lwquant.quantizers.grid import Grid, fit_grid
+from lwquant.quantizers.outliers import largest_eigenvalue, refit_outliers, top_entries
 from lwquant.quantizers.scales import refit_scales
-from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
+from lwquant.types import LayerStats, Outliers, QuantizedWeight, QuantScheme
 
 RELAXED_EVERY = 3  # from unrounded weights, every third sweep moves them without rounding
 
@@ -36,6 +39,9 @@ def quantease(
 ) -> QuantizedWeight:
     """Quantize one linear by descent on tr((Ŵ − W)(H + damping·mean(diag H)·I)(Ŵ − W)ᵀ).
 
+    Where the scheme has outliers they are part of Ŵ. They lie wherever in the linear they do most,
+    so that the rows are not independent of each other then.
+
     Args:
         weight: (out_features, in_features).
         stats: hessian (in_features, in_features).
@@ -48,25 +54,36 @@ def quantease(
     Raises ValueError as gptq() does.
     """
     hessian, order = _damped(stats, weight.device, damping)
+    n_outliers, plain = scheme.n_outliers(*weight.shape), scheme.without_outliers
+    apart = top_entries(weight.float(), n_outliers)
+    target = weight.float() - apart
+    eigenvalue = largest_eigenvalue(hessian) if n_outliers else None
     if start == "gptq":
-        begun = gptq(weight, stats, scheme, damping=damping, search=search)
-        grid = Grid(scheme, begun.scales.float(), begun.zero_points)
+        begun = gptq(target, stats, plain, damping=damping, search=search)
+        grid = Grid(plain, begun.scales.float(), begun.zero_points)
         current, notes = begun.dequantize(), begun.notes
     else:
         importance = stats.hessian.diagonal().to(weight.device)
-        grid = fit_grid(weight, scheme, importance if importance.any() else None, search=search)
-        current, notes = weight.float().clone(), ()
+        grid = fit_grid(target, plain, importance if importance.any() else None, search=search)
+        current, notes = target.clone(), ()
     codes = grid.round(current)
     for number in range(sweeps):
         relaxed = start == "weight" and number % RELAXED_EVERY == 1 and number < sweeps - 1
-        current = sweep(weight, current, hessian, None if relaxed else grid, order)
+        current = sweep(target, current, hessian, None if relaxed else grid, order)
         if relaxed:
             continue
         codes = grid.round(current)
         if refit:
-            grid = refit_scales(weight, hessian, codes, grid)
+            grid = refit_scales(target, hessian, codes, grid)
             current = grid.dequantize(codes)
-    return grid.weight_of(codes, notes)
+        if eigenvalue is not None:
+            missed = weight.float() - current
+            apart = refit_outliers(missed, apart, hessian, eigenvalue, n_outliers)
+            target = weight.float() - apart
+    found = grid.weight_of(codes, notes)
+    if not scheme.outliers:
+        return found
+    return replace(found, scheme=scheme, outliers=Outliers.largest(apart, n_outliers))
 
 
 @lru_cache(maxsize=1)

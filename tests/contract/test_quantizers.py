@@ -149,6 +149,13 @@ def test_scales_of_eight_bits_can_be_written(quantize, bits):
     assert torch.equal(decode_scales(encode_scales(got.scales)), got.scales)
 
 
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "quantease"])
+def test_a_scheme_with_outliers_is_refused_with_the_quantizer_that_takes_it(name):
+    weight, stats = make_layer()
+    with pytest.raises(ValueError, match=r"3b-g16-o5 has outliers.*quantease"):
+        QUANTIZERS[name](weight, stats, QuantScheme(3, 16, outliers=5))
+
+
 @every_quantizer
 def test_scales_beyond_float16_are_refused(quantize):
     weight, stats = make_layer()

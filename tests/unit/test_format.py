@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lwquant.export.format import (
     tensors_of,
 )
 from lwquant.quantizers.grid import storable_scale
-from lwquant.types import WIDTHS, QuantizedWeight, QuantScheme
+from lwquant.types import WIDTHS, Outliers, QuantizedWeight, QuantScheme
 
 SCHEMES = {
     "model.layers.0.q_proj": QuantScheme(3, 64),
@@ -23,16 +24,18 @@ SCHEMES = {
     "model.layers.0.v_proj": QuantScheme(16),
     "model.layers.0.o_proj": QuantScheme(3, 64, scale_bits=8),
     "model.layers.0.up_proj": QuantScheme(2, 64, fine_zeros=True),
+    "model.layers.0.down_proj": QuantScheme(3, 64, scale_bits=8, outliers=5),
 }
 
 
-def entry(bits, group_size, symmetric, scale_bits, fine_zeros=False):
+def entry(bits, group_size, symmetric, scale_bits, fine_zeros=False, outliers=0):
     return {
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
         "scale_bits": scale_bits,
         "fine_zeros": fine_zeros,
+        "outliers": outliers,
     }
 
 
@@ -49,7 +52,14 @@ def random_weight(scheme: QuantScheme, out_features: int, in_features: int) -> Q
         codes((out_features, in_features)),
         storable_scale(torch.rand(groups, generator=generator) + 0.01, scheme).half(),
         middle if scheme.symmetric else codes(groups, scheme.max_zero),
+        outliers=random_outliers(scheme, out_features, in_features) if scheme.outliers else None,
     )
+
+
+def random_outliers(scheme: QuantScheme, out_features: int, in_features: int) -> Outliers:
+    generator = torch.Generator().manual_seed(1)
+    dense = torch.randn(out_features, in_features, generator=generator)
+    return Outliers.largest(dense, scheme.n_outliers(out_features, in_features))
 
 
 def test_the_config_survives_json_and_parsing():
@@ -68,6 +78,7 @@ def test_the_config_is_spelled_as_version_3():
             "model.layers.0.v_proj": entry(16, 0, False, 16),
             "model.layers.0.o_proj": entry(3, 64, False, 8),
             "model.layers.0.up_proj": entry(2, 64, False, 16, True),
+            "model.layers.0.down_proj": entry(3, 64, False, 8, False, 5),
         },
     }
 
@@ -104,7 +115,7 @@ def test_a_config_that_lacks_a_key_is_refused_by_its_name(key):
     ("entry", "message"),
     [
         (4, "is 4, not an object"),
-        ({"bits": 4, "group_size": 64}, "lacks fine_zeros, scale_bits, symmetric"),
+        ({"bits": 4, "group_size": 64}, "lacks fine_zeros, outliers, scale_bits, symmetric"),
         ({**entry(4, 64, False, 16), "zp": 1}, "unknown keys: zp"),
         (entry(9, 64, False, 16), "bits=9"),
         (entry(1, 64, False, 16), "bits=1"),
@@ -116,6 +127,10 @@ def test_a_config_that_lacks_a_key_is_refused_by_its_name(key):
         (entry(4, 64, False, "8"), "scale_bits is '8', not of type int"),
         (entry(4, 64, False, 16, 1), "fine_zeros is 1, not of type bool"),
         (entry(4, 64, True, 16, True), "a symmetric scheme stores no zeros"),
+        (entry(4, 64, False, 16, False, 5.0), r"outliers is 5\.0, not of type int"),
+        (entry(4, 64, False, 16, False, 101), "outliers=101 per thousand"),
+        (entry(4, 64, False, 16, False, -1), "outliers=-1 per thousand"),
+        (entry(16, 0, False, 16, False, 1), "16 bits have no groups"),
         (entry(16, 64, False, 16), "16 bits have no groups"),
         (entry(16, 0, False, 16, True), "16 bits have no groups"),
     ],
@@ -130,8 +145,11 @@ def test_a_linear_that_no_scheme_describes_is_refused_by_its_name(entry, message
 @pytest.mark.parametrize("zeros", ["whole", "fine", "none"])
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("scale_bits", [8, 16])
-def test_tensors_have_the_stated_layout_and_exactly_the_stored_bits(bits, zeros, scale_bits):
-    scheme = QuantScheme(bits, 48, zeros == "none", scale_bits, zeros == "fine")
+@pytest.mark.parametrize("outliers", [0, 7])
+def test_tensors_have_the_stated_layout_and_exactly_the_stored_bits(
+    bits, zeros, scale_bits, outliers
+):
+    scheme = QuantScheme(bits, 48, zeros == "none", scale_bits, zeros == "fine", outliers)
     tensors = dict(tensors_of("up", random_weight(scheme, 33, 100)))
     layout = layout_of("up", 33, 100, scheme)
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == layout
@@ -162,6 +180,51 @@ def test_a_fine_zero_is_the_byte_that_stands_for_it():
     assert byte % 32  # between the codes
     expected = (int(weight.codes[5, 99]) - byte / 32) * scale
     assert weight.dequantize()[5, 99].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_outliers_are_compressed_rows_and_wide_ones_use_the_unsigned_columns():
+    scheme = QuantScheme(3, 48, outliers=1)
+    for in_features, dtype in ((2**16, torch.int16), (2**16 + 1, torch.int32)):
+        dense = torch.zeros(2, in_features)
+        places = [(0, 7), (0, 40_000), (1, 5), (1, in_features - 1)]
+        n = scheme.n_outliers(2, in_features)
+        for number, place in enumerate(places):
+            dense[place] = n + number  # the four largest
+        filling = torch.arange(100, 100 + n - 4)
+        dense[1, filling] = 1.0
+        weight = random_weight(QuantScheme(3, 48), 2, in_features)
+        outliers = Outliers.largest(dense, n)
+        weight = replace(weight, scheme=scheme, outliers=outliers)
+        stored = dict(tensors_of("up", weight))
+        rows, columns = stored["up.outlier_rows"], stored["up.outlier_columns"]
+        assert columns.dtype == dtype and rows.tolist() == [0, 2, n]
+        unsigned = (
+            [column % 2**16 for column in columns.tolist()]
+            if dtype == torch.int16
+            else (columns.tolist())
+        )
+        assert unsigned == [7, 40_000, 5, *filling.tolist(), in_features - 1]
+        total = 8 * sum(tensor.nbytes for tensor in stored.values())
+        assert total == scheme.stored_bits(2, in_features)
+        plain = replace(weight, outliers=None).dequantize()
+        assert torch.equal(weight.dequantize(), plain + dense)
+
+
+def test_outliers_that_are_not_what_the_scheme_says_are_refused():
+    scheme = QuantScheme(3, 48, outliers=5)
+    good = random_weight(scheme, 33, 100)
+    assert len(dict(tensors_of("up", good))) == 6
+    sparse = good.outliers
+    for outliers, message in (
+        (None, "contradict each other"),
+        (Outliers.largest(torch.ones(33, 100), 17), "has 16 outliers, not 17"),
+        (replace(sparse, columns=sparse.columns + 100), "in none of the 100 columns"),
+        (replace(sparse, rows=sparse.rows.flip(0)), "do not rise from 0 to 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(tensors_of("up", replace(good, outliers=outliers)))
+    with pytest.raises(ValueError, match="contradict each other"):
+        list(tensors_of("up", replace(good, scheme=QuantScheme(3, 48))))
 
 
 def test_a_symmetric_weight_with_a_zero_off_the_middle_is_refused():

@@ -19,9 +19,10 @@ from torch import Tensor
 from lwquant import ops
 from lwquant.errors import LwquantError
 from lwquant.ops.native import MAX_KERNEL_TOKENS
+from lwquant.ops.outliers import encode_columns
 from lwquant.ops.reference import dequantize_reference, linear_reference
 from lwquant.ops.scale_bytes import decode_scales
-from lwquant.types import WIDTHS
+from lwquant.types import WIDTHS, Outliers
 
 STEP = 1 / 32767
 TINIEST = 2.0**-100  # groups of smaller activations are resolved as if this were their largest
@@ -238,6 +239,68 @@ def test_plain_torch_is_within_the_bound_too(fine):
         exact, error = layer.oracle(x)
         got = linear_reference(x, *layer.stored, layer.bias, bits, 48)
         assert ((got - exact).abs() <= error).all()
+
+
+def random_outliers(out_features: int, in_features: int, n: int) -> Outliers:
+    generator = torch.Generator().manual_seed(2)
+    return Outliers.largest(torch.randn(out_features, in_features, generator=generator), n)
+
+
+def stored(outliers: Outliers, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    return outliers.values, encode_columns(outliers.columns, in_features), outliers.rows
+
+
+@pytest.mark.parametrize("shape", [(33, 1000), (7, 65), (1, 1), (2, 2**16), (2, 2**16 + 4)])
+@pytest.mark.parametrize("group_size", [64, 48])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_outliers_are_added_to_the_weight(isa, shape, group_size, bits):
+    out_features, in_features = shape
+    layer = random_layer(*shape, bits, group_size, bias=True)
+    outliers = random_outliers(*shape, max(1, out_features * in_features // 50))
+    sparse = stored(outliers, in_features)
+    args = (*layer.stored, bits, group_size, in_features)
+    weight = ops.dequantize(*args, *sparse)
+    assert torch.equal(weight, dequantize_reference(*args, *sparse))
+    dense = outliers.added_to(torch.zeros(shape))
+    assert torch.equal(weight, ops.dequantize(*args) + dense)
+    x = random_inputs(MAX_KERNEL_TOKENS + 2, in_features)
+    exact, error = layer.oracle(x)
+    exact = exact + x.double() @ dense.double().T
+    error += (in_features / 8 + 64) * 2**-24 * (x.double().abs() @ dense.double().abs().T)
+    for n in (1, 3, len(x)):
+        got = ops.linear(x[:n], *layer.stored, layer.bias, bits, group_size, *sparse)
+        assert ((got.double() - exact[:n]).abs() <= error[:n]).all()
+
+
+def test_outliers_that_do_not_fit_are_refused(isa):
+    layer = random_layer(4, 96, 4, 32)
+    values, columns, rows = stored(random_outliers(4, 96, 9), 96)
+    x = random_inputs(2, 96)
+
+    def run(*sparse):
+        ops.dequantize(*layer.stored, 4, 32, 96, *sparse)
+        ops.linear(x, *layer.stored, None, 4, 32, *sparse)
+
+    run(values, columns, rows)
+    for sparse, message in (
+        ((values, columns), "all three or none"),
+        ((values.float(), columns, rows), "outlier_values is torch.float32"),
+        ((values, columns.int(), rows), "outlier_columns is torch.int32, expected torch.int16"),
+        ((values, columns[1:], rows), r"outlier_columns has shape \(8,\), expected \(9,\)"),
+        ((values, columns, rows[1:]), r"outlier_rows has shape \(4,\), expected \(5,\)"),
+    ):
+        with pytest.raises(LwquantError, match=message):
+            run(*sparse)
+    # What a lying file can say: never read beyond the layer.
+    for sparse in (
+        (values, columns + 96, rows),
+        (values, -columns - 1, rows),
+        (values, columns, rows + 1),
+        (values, columns, rows.flip(0)),
+        (values, columns, torch.tensor([0, 12, 3, 4, 9], dtype=torch.int32)),
+    ):
+        with pytest.raises(ValueError, match="outliers"):
+            run(*sparse)
 
 
 def test_a_batch_cut_differently_gives_the_same_rows(isa):
