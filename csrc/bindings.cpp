@@ -74,15 +74,23 @@ Weight make_weight(Address codes, int64_t out_features, int64_t n_words, int64_t
   require(codes && scales, "no address for codes or scales");
   require(sparse.n >= 0 && (!sparse.n || (sparse.values && sparse.columns && sparse.rows)),
           "no address for outliers");
-  const Weight w = {pointer<const int32_t>(codes), pointer<const uint16_t>(scale_bytes ? 0 : scales),
-          pointer<const uint8_t>(scale_bytes ? scales : 0),
-          pointer<const int32_t>(zero_bytes ? 0 : zeros),
-          pointer<const uint8_t>(zero_bytes ? zeros : 0), pointer<const float>(bias),
-          static_cast<int>(bits), group_size, in_features, out_features, n_groups, n_words,
-          zero_width, pointer<const uint16_t>(sparse.values),
-          pointer<const uint16_t>(sparse.wide ? 0 : sparse.columns),
-          pointer<const int32_t>(sparse.wide ? sparse.columns : 0),
-          pointer<const int32_t>(sparse.rows)};
+  const Weight w = {pointer<const int32_t>(codes),
+                    pointer<const uint16_t>(scale_bytes ? 0 : scales),
+                    pointer<const uint8_t>(scale_bytes ? scales : 0),
+                    pointer<const int32_t>(zero_bytes ? 0 : zeros),
+                    pointer<const uint8_t>(zero_bytes ? zeros : 0),
+                    pointer<const float>(bias),
+                    static_cast<int>(bits),
+                    group_size,
+                    in_features,
+                    out_features,
+                    n_groups,
+                    n_words,
+                    zero_width,
+                    pointer<const uint16_t>(sparse.values),
+                    pointer<const uint16_t>(sparse.wide ? 0 : sparse.columns),
+                    pointer<const int32_t>(sparse.wide ? sparse.columns : 0),
+                    pointer<const int32_t>(sparse.rows)};
   require_inside(w, sparse.n);
   return w;
 }
@@ -96,7 +104,8 @@ void bind_linear(Address x, int64_t n_tokens, Address codes, int64_t out_feature
   const SparsePart sparse = {outlier_values, outlier_columns, wide_columns, outlier_rows,
                              n_outliers};
   const Weight w = make_weight(codes, out_features, n_words, in_features, scales, scale_bytes,
-                               n_groups, zeros, zero_bytes, zero_width, bias, bits, group_size, sparse);
+                               n_groups, zeros, zero_bytes, zero_width, bias, bits, group_size,
+                               sparse);
   require(n_tokens >= 0 && n_threads >= 1, "negative tokens or no threads");
   if (n_tokens == 0) return;
   require(x && y, "no address for x or y");
