@@ -32,6 +32,7 @@ SHARED = HERE.parent.parent / "shared"
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "scales in 16 bits": {"scale_bits": 16},
+    "fine zeros": {"fine_zeros": True},
     "uniform plan": {"allocator": "uniform"},
     "costs by output error": {"metric": "output_error"},
     "no propagation": {"correction": "none"},

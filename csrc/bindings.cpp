@@ -34,30 +34,78 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// The addresses of a layer's outliers, all 0 where it has none.
+struct SparsePart {
+  Address values, columns;
+  bool wide;
+  Address rows;
+  int64_t n;
+};
+
+// Rows and columns come from files: none may lead outside the layer.
+void require_inside(const Weight& w, int64_t n) {
+  const int32_t* rows = w.outlier_rows;
+  if (!rows) return;
+  require(rows[0] == 0 && rows[w.out_features] == n, "the row pointers of outliers miss some");
+  bool inside = true;
+  for (int64_t r = 0; r < w.out_features; ++r) inside &= rows[r] <= rows[r + 1];
+  for (int64_t k = 0; inside && k < n; ++k) {
+    const int64_t column = outlier_column(w, k);
+    inside = column >= 0 && column < w.in_features;
+  }
+  require(inside, "outliers lie outside the layer");
+}
+
 Weight make_weight(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
                    Address scales, bool scale_bytes, int64_t n_groups, Address zeros,
-                   int64_t zero_words, Address bias, int64_t bits, int64_t group_size) {
+                   bool zero_bytes, int64_t zero_width, Address bias, int64_t bits,
+                   int64_t group_size, const SparsePart& sparse) {
   require_bits(bits);
   require(in_features >= 1 && out_features >= 1, "a layer without inputs or outputs");
   require(group_size >= 1, "group_size=" + std::to_string(group_size) + " is less than 1");
   group_size = group_size < in_features ? group_size : in_features;
   require_size("words of a row of codes", n_words, row_words(in_features, bits));
   require_size("groups", n_groups, (in_features + group_size - 1) / group_size);
-  if (zeros) {
-    require_size("words of a row of zeros", zero_words, row_words(out_features, bits));
+  if (zeros && zero_bytes) {
+    require_size("bytes of a row of zeros", zero_width, out_features);
+  } else if (zeros) {
+    require_size("words of a row of zeros", zero_width, row_words(out_features, bits));
   }
   require(codes && scales, "no address for codes or scales");
-  return {pointer<const int32_t>(codes), pointer<const uint16_t>(scale_bytes ? 0 : scales),
-          pointer<const uint8_t>(scale_bytes ? scales : 0), pointer<const int32_t>(zeros), pointer<const float>(bias), static_cast<int>(bits),
-          group_size, in_features, out_features, n_groups, n_words, zero_words};
+  require(sparse.n >= 0 && (!sparse.n || (sparse.values && sparse.columns && sparse.rows)),
+          "no address for outliers");
+  const Weight w = {pointer<const int32_t>(codes),
+                    pointer<const uint16_t>(scale_bytes ? 0 : scales),
+                    pointer<const uint8_t>(scale_bytes ? scales : 0),
+                    pointer<const int32_t>(zero_bytes ? 0 : zeros),
+                    pointer<const uint8_t>(zero_bytes ? zeros : 0),
+                    pointer<const float>(bias),
+                    static_cast<int>(bits),
+                    group_size,
+                    in_features,
+                    out_features,
+                    n_groups,
+                    n_words,
+                    zero_width,
+                    pointer<const uint16_t>(sparse.values),
+                    pointer<const uint16_t>(sparse.wide ? 0 : sparse.columns),
+                    pointer<const int32_t>(sparse.wide ? sparse.columns : 0),
+                    pointer<const int32_t>(sparse.rows)};
+  require_inside(w, sparse.n);
+  return w;
 }
 
 void bind_linear(Address x, int64_t n_tokens, Address codes, int64_t out_features, int64_t n_words,
                  int64_t in_features, Address scales, bool scale_bytes, int64_t n_groups,
-                 Address zeros, int64_t zero_words, Address bias, int64_t bits, int64_t group_size,
-                 int64_t n_threads, Address y) {
+                 Address zeros, bool zero_bytes, int64_t zero_width, Address bias, int64_t bits,
+                 int64_t group_size, Address outlier_values, Address outlier_columns,
+                 bool wide_columns, Address outlier_rows, int64_t n_outliers, int64_t n_threads,
+                 Address y) {
+  const SparsePart sparse = {outlier_values, outlier_columns, wide_columns, outlier_rows,
+                             n_outliers};
   const Weight w = make_weight(codes, out_features, n_words, in_features, scales, scale_bytes,
-                               n_groups, zeros, zero_words, bias, bits, group_size);
+                               n_groups, zeros, zero_bytes, zero_width, bias, bits, group_size,
+                               sparse);
   require(n_tokens >= 0 && n_threads >= 1, "negative tokens or no threads");
   if (n_tokens == 0) return;
   require(x && y, "no address for x or y");
@@ -66,10 +114,14 @@ void bind_linear(Address x, int64_t n_tokens, Address codes, int64_t out_feature
 
 void bind_dequantize(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
                      Address scales, bool scale_bytes, int64_t n_groups, Address zeros,
-                     int64_t zero_words, int64_t bits, int64_t group_size, int64_t row,
-                     int64_t n_rows, int64_t n_threads, Address out) {
+                     bool zero_bytes, int64_t zero_width, int64_t bits, int64_t group_size,
+                     Address outlier_values, Address outlier_columns, bool wide_columns,
+                     Address outlier_rows, int64_t n_outliers, int64_t row, int64_t n_rows,
+                     int64_t n_threads, Address out) {
+  const SparsePart sparse = {outlier_values, outlier_columns, wide_columns, outlier_rows,
+                             n_outliers};
   const Weight w = make_weight(codes, out_features, n_words, in_features, scales, scale_bytes,
-                               n_groups, zeros, zero_words, 0, bits, group_size);
+                               n_groups, zeros, zero_bytes, zero_width, 0, bits, group_size, sparse);
   require(row >= 0 && n_rows >= 0 && row + n_rows <= out_features && n_threads >= 1,
           "rows outside the layer, or no threads");
   if (n_rows == 0) return;
@@ -119,19 +171,21 @@ void bind_round_block(Address targets, int64_t n_columns, int64_t n_rows, Addres
 
 void bind_fit_groups(Address weights, int64_t n, int64_t size, Address importance,
                      int64_t n_groups, Address shrinks, int64_t n_shrinks, int64_t bits,
-                     bool symmetric, int64_t scale_mantissa, int64_t n_threads, Address scales,
-                     Address zeros) {
+                     bool symmetric, int64_t scale_mantissa, bool fine_zeros, int64_t n_halvings,
+                     int64_t n_threads, Address scales, Address zeros) {
   require_bits(bits);
   require(n >= 0 && size >= 1 && n_groups >= 1 && n_shrinks >= 1 && n_threads >= 1,
           "no weights, groups, ranges or threads");
   require(n % n_groups == 0, "rows of groups are incomplete");
   require(scale_mantissa >= 1 && scale_mantissa <= 10, "a float16 has up to 10 mantissa bits");
+  require(!(symmetric && fine_zeros), "a symmetric group has no zero of its own");
+  require(!fine_zeros || (n_shrinks >= 2 && n_halvings >= 0), "too few ends of ranges");
   if (n == 0) return;
   require(weights && importance && shrinks && scales && zeros, "an address is missing");
   fit_groups({pointer<const float>(weights), pointer<const float>(importance),
               pointer<const float>(shrinks), pointer<float>(scales), pointer<float>(zeros),
               n_groups, size, n_shrinks, static_cast<int>(bits), symmetric,
-              static_cast<int>(scale_mantissa)},
+              static_cast<int>(scale_mantissa), fine_zeros, n_halvings},
              n, static_cast<int>(n_threads));
 }
 

@@ -31,6 +31,15 @@ float scale_at(const Weight& w, int64_t row, int64_t group) {
   return half_to_float(static_cast<uint16_t>(pattern));
 }
 
+float zero_at(const Weight& w, int64_t row, int64_t group) {
+  if (w.zero_bytes) {
+    const uint8_t byte = w.zero_bytes[group * w.out_features + row];
+    return static_cast<float>(byte) * byte_zero_step(w.bits);
+  }
+  if (!w.zeros) return static_cast<float>(1 << (w.bits - 1));
+  return static_cast<float>(code_at(w.bits, w.zeros + group * w.zero_words, row));
+}
+
 void dequantize_row(const Isa& isa, const Weight& w, int64_t row, uint8_t* codes, float* out) {
   isa.unpack_row(w.bits, w.codes + row * w.row_words, w.in_features, codes);
   for (int64_t group = 0; group < w.n_groups; ++group) {
@@ -38,10 +47,31 @@ void dequantize_row(const Isa& isa, const Weight& w, int64_t row, uint8_t* codes
     const int64_t end = start + w.group_size;
     const int64_t stop = end < w.in_features ? end : w.in_features;
     const float scale = scale_at(w, row, group);
-    const int zero = w.zeros ? code_at(w.bits, w.zeros + group * w.zero_words, row)
-                             : 1 << (w.bits - 1);
+    const float zero = zero_at(w, row, group);
     for (int64_t k = start; k < stop; ++k) {
-      out[k] = static_cast<float>(static_cast<int>(codes[k]) - zero) * scale;
+      out[k] = (static_cast<float>(codes[k]) - zero) * scale;
+    }
+  }
+  if (!w.outlier_rows) return;
+  for (int32_t k = w.outlier_rows[row]; k < w.outlier_rows[row + 1]; ++k) {
+    out[outlier_column(w, k)] += half_to_float(w.outlier_values[k]);
+  }
+}
+
+int64_t outlier_column(const Weight& w, int64_t index) {
+  return w.narrow_columns ? w.narrow_columns[index] : w.wide_columns[index];
+}
+
+void add_outliers(const Weight& w, const float* x, int64_t n_tokens, int64_t row, int64_t n_rows,
+                  float* y) {
+  if (!w.outlier_rows) return;
+  for (int64_t r = row; r < row + n_rows; ++r) {
+    for (int32_t k = w.outlier_rows[r]; k < w.outlier_rows[r + 1]; ++k) {
+      const float value = half_to_float(w.outlier_values[k]);
+      const float* input = x + outlier_column(w, k);
+      for (int64_t t = 0; t < n_tokens; ++t) {
+        y[t * w.out_features + r] += value * input[t * w.in_features];
+      }
     }
   }
 }

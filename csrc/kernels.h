@@ -3,8 +3,8 @@
 // Each instruction set is one source file compiled with its own flags. An inline function or a
 // std template shared between them could be emitted with AVX-512 in it and then be picked by the
 // linker for all of them (one-definition rule), so this header holds only records, constants
-// and one constexpr sum (folded at compile time), and those files include nothing else but the
-// intrinsics.
+// and constexpr sums (folded at compile time), and those files include nothing else but the
+// intrinsics and C's headers.
 #pragma once
 #include <stdint.h>
 
@@ -24,7 +24,9 @@ struct Weight {
   const int32_t* codes;        // (out_features, row_words)
   const uint16_t* scales;      // (out_features, n_groups) float16 bits, or null
   const uint8_t* scale_bytes;  // (out_features, 1 + n_groups) otherwise: lwquant/ops/scale_bytes.py
-  const int32_t* zeros;        // (n_groups, zero_words), or null: every zero is 2^(bits-1)
+  const int32_t* zeros;        // (n_groups, zero_words), or null
+  const uint8_t* zero_bytes;   // (n_groups, out_features) in steps of 2^(bits-8), or null; without
+                               // either every zero is 2^(bits-1)
   const float* bias;           // (out_features), or null
   int bits;
   int64_t group_size;  // at most in_features
@@ -33,6 +35,11 @@ struct Weight {
   int64_t n_groups;
   int64_t row_words;
   int64_t zero_words;
+  // What is added to single weights, row r from outlier_rows[r] on; null: nothing is.
+  const uint16_t* outlier_values;   // float16 bits
+  const uint16_t* narrow_columns;   // or null
+  const int32_t* wide_columns;      // otherwise
+  const int32_t* outlier_rows;      // (out_features + 1)
 };
 
 constexpr int kByteExponent = 10;  // a row's first byte, shifted so, starts its window
@@ -64,6 +71,9 @@ struct Isa {
   const RoundingLoops* rounding;
 };
 
+// What one more in a byte of zeros adds to the zero-point, in codes.
+constexpr float byte_zero_step(int bits) { return 1.0f / static_cast<float>(1 << (8 - bits)); }
+
 // A tile's zeros and two rows of scales, as floats, each row of scales in whole vectors of 16.
 constexpr int64_t scratch_floats(int64_t n_groups) {
   return n_groups * kTileRows + 2 * (n_groups + 16);
@@ -84,8 +94,13 @@ uint8_t code_at(int bits, const int32_t* words, int64_t index);
 // floats.cpp: the plain meaning, for any group size
 float half_to_float(uint16_t half);
 float scale_at(const Weight&, int64_t row, int64_t group);
-// One row as float32: (code - zero) * scale. `codes` has room for in_features bytes.
+float zero_at(const Weight&, int64_t row, int64_t group);
+// One row as float32: (code - zero) * scale + outlier. `codes` has room for in_features bytes.
 void dequantize_row(const Isa&, const Weight&, int64_t row, uint8_t* codes, float* out);
+int64_t outlier_column(const Weight&, int64_t index);
+// y (n_tokens, out_features): adds what the outliers of rows [row, row + n_rows) make of x.
+void add_outliers(const Weight&, const float* x, int64_t n_tokens, int64_t row, int64_t n_rows,
+                  float* y);
 float dot(const float* a, const float* b, int64_t n);
 
 // activations.cpp: false when a value is NaN or infinite (then q means nothing)

@@ -75,6 +75,7 @@ bool linear_integer(const Isa& isa, const Weight& w, const float* x, int64_t n_t
   auto scratch = buffer<float>(tile_floats * n_threads);
   for_each_tile(w.out_features, n_threads, [&](int64_t row, int64_t n_rows, int seat) {
     isa.linear_tile(w, a, row, n_rows, scratch.get() + seat * tile_floats, y);
+    add_outliers(w, x, n_tokens, row, n_rows, y);
   });
   return true;
 }

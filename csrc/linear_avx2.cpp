@@ -8,6 +8,7 @@
 #include "kernels.h"
 
 #include <immintrin.h>
+#include <string.h>
 
 namespace lwquant {
 namespace {
@@ -86,8 +87,8 @@ float add_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-void store_shares(__m256i codes, float* out) {
-  const __m256 share = _mm256_set1_ps(-1.0f / 8);
+void store_shares(__m256i codes, float step, float* out) {
+  const __m256 share = _mm256_set1_ps(-step / 8);
   const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(codes));
   const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(codes, 1));
   _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(low), share));
@@ -98,6 +99,7 @@ void store_shares(__m256i codes, float* out) {
 template <int BITS>
 void tile_zeros(const Weight& w, int64_t row, float* zeros) {
   const int64_t first_word = row / kStep * BITS;
+  const float step = w.zero_bytes ? byte_zero_step(BITS) : 1.0f;
   for (int64_t group = 0; group < w.n_groups; ++group, zeros += kTileRows) {
     __m256i low = _mm256_set1_epi16(1 << (BITS - 1)), high = low;
     if (w.zeros) {
@@ -105,9 +107,17 @@ void tile_zeros(const Weight& w, int64_t row, float* zeros) {
       const __m256i packed = load_step<BITS>(words, w.zero_words - first_word);
       low = unpack_half<BITS, 0>(packed);
       high = unpack_half<BITS, 1>(packed);
+    } else if (w.zero_bytes) {
+      const int64_t rest = w.out_features - row;
+      const uint8_t* first = w.zero_bytes + group * w.out_features + row;
+      uint8_t bytes[kTileRows] = {};
+      memcpy(bytes, first, static_cast<size_t>(rest < kTileRows ? rest : kTileRows));
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+      low = unpack_half<8, 0>(packed);
+      high = unpack_half<8, 1>(packed);
     }
-    store_shares(low, zeros);
-    store_shares(high, zeros + kHalf);
+    store_shares(low, step, zeros);
+    store_shares(high, step, zeros + kHalf);
   }
 }
 

@@ -72,12 +72,17 @@ __m512i unpack_step(const int32_t* words, int64_t rest) {
 template <int BITS>
 void tile_zeros(const Weight& w, int64_t row, float* zeros) {
   const int64_t first_word = row / kStep * BITS;
-  const __m512 share = _mm512_set1_ps(-1.0f / 16);
+  const __m512 share = _mm512_set1_ps(-(w.zero_bytes ? byte_zero_step(BITS) : 1.0f) / 16);
+  const int64_t rest = w.out_features - row;
+  const __mmask32 present = static_cast<__mmask32>((1ull << (rest < kStep ? rest : kStep)) - 1);
   for (int64_t group = 0; group < w.n_groups; ++group, zeros += kTileRows) {
     __m512i codes = _mm512_set1_epi16(1 << (BITS - 1));
     if (w.zeros) {
       const int32_t* words = w.zeros + group * w.zero_words + first_word;
       codes = unpack_step<BITS>(words, w.zero_words - first_word);
+    } else if (w.zero_bytes) {
+      const uint8_t* bytes = w.zero_bytes + group * w.out_features + row;
+      codes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(present, bytes));
     }
     const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(codes));
     const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(codes, 1));

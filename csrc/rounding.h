@@ -27,7 +27,8 @@ struct ColumnBlock {
 struct GroupFit {
   const float* weights;     // (n, size)
   const float* importance;  // (n_groups, size): row r has those of group r % n_groups
-  const float* shrinks;     // (n_shrinks): fractions of the full range to try, the first one 1
+  const float* shrinks;     // (n_shrinks): fractions of the full range to try, the first one 1,
+                            // evenly spaced
   float* scales;            // out (n): values of float16 with `scale_mantissa` bits at most
   float* zeros;             // out (n)
   int64_t n_groups;
@@ -36,6 +37,8 @@ struct GroupFit {
   int bits;
   bool symmetric;
   int scale_mantissa;  // 10 for all that float16 has
+  bool fine_zeros;     // zeros in steps of 2^(bits-8), both ends of the range shrink by themselves
+  int64_t n_halvings;  // of the distance between shrinks, to look around the best pair
 };
 
 // One instruction set's compilation of rounding_loops.inc.

@@ -65,11 +65,12 @@ class _Learned:
     def __init__(self, linear: RoundedLinear) -> None:
         self.start, self.module = linear.start, linear.module
         self.scales = self.start.scales.float()
-        self.zeros = self.start.zeros.float()
+        self.zeros = self.start.zero_points
         codes = self.start.codes.float()
+        apart = self.start.plus_outliers(torch.zeros_like(codes))
         # Where the weight lies between the codes says how cheaply its code changes. One that is
         # not at its nearest code, because the quantizer made up for others, is at the very edge.
-        lies = self._by_group(linear.target.float(), torch.div, self.scales)
+        lies = self._by_group(linear.target.float() - apart, torch.div, self.scales)
         lies = self._by_group(lies, torch.add, self.zeros)
         self.positions = lies.clamp(codes - EDGE, codes + EDGE).clamp_(0, self._max_code)
         self.shift = torch.zeros_like(self.scales)
@@ -83,8 +84,8 @@ class _Learned:
     def put_in(self) -> nn.Parameter:
         """Give the module the weight as it is now; returns its parameter, ready for a gradient."""
         steps = self._by_group(self.positions.round(), torch.sub, self.zeros)
-        self.weight = self._by_group(steps, torch.mul, self.scales * self.shift.exp())
-        set_weight(self.module, self.weight)
+        self.on_grid = self._by_group(steps, torch.mul, self.scales * self.shift.exp())
+        set_weight(self.module, self.start.plus_outliers(self.on_grid))
         parameter: nn.Parameter = self.module.weight  # type: ignore[assignment]
         parameter.requires_grad_(True)
         return parameter
@@ -96,7 +97,7 @@ class _Learned:
         """
         gradient = as_linear(self.module, gradient)
         in_positions = self._by_group(gradient, torch.mul, self.scales * self.shift.exp())
-        return in_positions, self._grouped(gradient * self.weight).sum(2)
+        return in_positions, self._grouped(gradient * self.on_grid).sum(2)
 
     def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
         """Move against the gradient in the weight; positions only as far as it is no noise.

@@ -47,7 +47,8 @@ class _Tuned:
         return in_window(storable_scale(moved, scheme), scheme)
 
     def dequantize(self) -> Tensor:
-        return self.weight.steps() * self.scales()[:, self.weight.group_of_inputs()]
+        on_grid = self.weight.steps() * self.scales()[:, self.weight.group_of_inputs()]
+        return self.weight.plus_outliers(on_grid)
 
     def slope(self, gradient: Tensor) -> Tensor:
         """Gradient in the shift, from that in the weight (out_features, in_features)."""

@@ -132,7 +132,8 @@ def quantize(
     with fast_float32():
         opened = open_model(model, device, revision, transform)
         check_roles(opened.decoder.linears, rounding.unclipped_qk)
-        target = bpw_of_size(opened, size) if size is not None else bpw
+        outliers = chosen.outliers > 0
+        target = bpw_of_size(opened, size, outliers) if size is not None else bpw
         given = _given_plan(plan, opened, chosen, rounding)
         known = read_report(Path(report)) if isinstance(report, str | Path) else report
         if given is None:

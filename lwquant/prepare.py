@@ -27,6 +27,7 @@ from lwquant.transforms.apply import transformed
 from lwquant.types import CalibrationSet
 
 ARRAYS = ("qweight", "scales", "zeros")  # of each quantized linear
+OUTLIER_ARRAYS = ("outlier_values", "outlier_columns", "outlier_rows")  # and, if it has outliers
 HEADER_BYTES = 110  # most that a safetensors header spends on one tensor, its name aside
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 
@@ -65,12 +66,15 @@ class OpenModel:
     @property
     def other_bytes(self) -> int:
         """Bytes of all else in the output: embeddings, head, norms, biases, and file headers."""
-        linears = self._linear_keys()
-        total = sum(len(ARRAYS) * (HEADER_BYTES + len(key)) for key in linears)
+        linears, total = self._linear_keys(), self.array_bytes(ARRAYS)
         for key in set(self.source.names()).difference(linears):
             n_values = math.prod(self.source.shape(key))
             total += n_values * self.source.carried_dtype(key).itemsize + HEADER_BYTES + len(key)
         return total
+
+    def array_bytes(self, arrays: Sequence[str]) -> int:
+        """What file headers spend on these arrays of every linear."""
+        return sum(len(arrays) * (HEADER_BYTES + len(key)) for key in self._linear_keys())
 
     def _linear_keys(self) -> list[str]:
         keys = [self.decoder.key_of(f"{spec.name}.weight") for spec in self.decoder.linears]
@@ -162,9 +166,15 @@ def parse_size(size: str | int) -> int:
     return int(float(match[1]) * UNITS[(match[2] or "B").upper()])
 
 
-def bpw_of_size(opened: OpenModel, size: str | int) -> float:
-    """Bits per weight of the linears that make all weight files together `size` large."""
+def bpw_of_size(opened: OpenModel, size: str | int, outliers: bool = False) -> float:
+    """Bits per weight of the linears that make all weight files together `size` large.
+
+    Args:
+        outliers: whether the linears' schemes have outliers.
+    """
     wanted, other = parse_size(size), opened.other_bytes
+    if outliers:
+        other += opened.array_bytes(OUTLIER_ARRAYS)
     if wanted <= other:
         raise BudgetError(
             f"size {wanted / 1e6:.1f} MB is below the floor: the tensors that stay as they are "

@@ -57,6 +57,8 @@ class Recipe:
     unclipped_qk: float = 0.0  # share of q and k rows with full range; see massive_channels.py
     codebook: str = ""  # nf4 or fp4: the values of 4-bit codes, in place of even steps
     row_bits: tuple[int, ...] = ()  # widths with one scale per row and no zeros; 8 is LLM.int8
+    fine_zeros: bool = False  # a byte per zero, finer than the codes
+    outliers: int = 0  # per thousand weights with a 16-bit float apart; quantizer "quantease" only
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
     polish: int = 0  # steps of learned rounding per block; see block_tuning.py
     tune: int = 0  # further windows to tune all scales together on; see finetune.py
@@ -122,7 +124,15 @@ class Recipe:
         if bits in self.row_bits:
             # A row with a single scale spends two bytes on it either way.
             return QuantScheme(bits, WHOLE_ROW, symmetric=True, codebook=codebook)
-        return QuantScheme(bits, group_size, self.symmetric, self.scale_bits, codebook)
+        return QuantScheme(
+            bits,
+            group_size,
+            self.symmetric,
+            self.scale_bits,
+            codebook=codebook,
+            fine_zeros=self.fine_zeros and not codebook,
+            outliers=self.outliers,
+        )
 
     def rounding(self) -> Rounding:
         """Everything about how linears are rounded; LwquantError for unknown names."""
@@ -136,6 +146,11 @@ class Recipe:
             raise LwquantError(
                 f"guided={self.guided} and a token_importance both say how much each token counts: "
                 "leave one of them out"
+            )
+        if self.guided and self.outliers:
+            raise LwquantError(
+                f"guided={self.guided} rounds groups of a linear's rows by themselves, "
+                f"outliers={self.outliers} are sought in all rows together: leave one of them out"
             )
         if self.unclipped_qk and self.guided:
             raise LwquantError(
@@ -157,7 +172,10 @@ class Recipe:
 
     def cost_quantizer(self) -> Quantizer:
         """What costs are measured with; LwquantError for an unknown name."""
-        return without_descent(rounding_of(self.quantizer, "none").quantizer)
+        quantizer = rounding_of(self.quantizer, "none").quantizer
+        # Only the descent looks for outliers; a start without it would cost them as if they were
+        # not there.
+        return quantizer if self.outliers else without_descent(quantizer)
 
     def changed(self, **settings: Any) -> Recipe:
         """A copy with those settings that are not None."""
@@ -217,7 +235,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
     counts = ["n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size"]
-    counts += ["scale_bits", "expand", "guided", "polish", "tune"]
+    counts += ["scale_bits", "outliers", "expand", "guided", "polish", "tune"]
     counts += ["remeasure", "pair_terms", "local_search"]
     for name in counts:
         if not isinstance(getattr(recipe, name), int):

@@ -152,6 +152,8 @@ def read_plan(path: Path, linears: Sequence[LinearSpec]) -> BitPlan:
                 bool(entry.get("symmetric")),
                 int(entry.get("scale_bits", 16)),
                 codebook=str(entry.get("codebook", "")),
+                fine_zeros=bool(entry.get("fine_zeros")),
+                outliers=int(entry.get("outliers", 0)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path}: {spec.name}: {error}") from error

@@ -4,7 +4,12 @@ A quantized linear `name` is stored as
     name.qweight  int32    (out_features, row_words(in_features, bits))  codes, row by row
     name.scales   float16  (out_features, n_groups), or
                   uint8    (out_features, 1 + n_groups)  with scale_bits 8; ops/scale_bytes.py
-    name.zeros    int32    (n_groups, row_words(out_features, bits))     absent when symmetric
+    name.zeros    int32    (n_groups, row_words(out_features, bits)), or
+                  uint8    (n_groups, out_features)  with fine_zeros; absent when symmetric
+and where the scheme has outliers, n of them, as compressed rows
+    name.outlier_values   float16  (n,)
+    name.outlier_columns  int16    (n,), or int32 from 65537 inputs on; ops/outliers.py
+    name.outlier_rows     int32    (out_features + 1,)
 and `name.bias` as it was. A linear left at 16 bits keeps `name.weight`. Names are module paths of
 the transformers model. No other file makes up these names. A linear with a `codebook` is stored as
 a symmetric one; what its codes stand for is in lwquant/codebooks.py, not in the file.
@@ -14,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -22,14 +27,22 @@ from torch import Tensor
 
 import lwquant.ops  # noqa: F401  (declares torch.ops.lwquant)
 from lwquant.errors import CheckpointError
-from lwquant.nn.linear import scale_dtype, stored_scales
+from lwquant.nn.linear import (
+    outlier_layout,
+    scale_dtype,
+    stored_outliers,
+    stored_scales,
+    stored_zeros,
+    zero_layout,
+)
 from lwquant.types import FLOAT_BITS, QuantizedWeight, QuantScheme, row_words
 
 QUANT_METHOD = "lwquant"
 FORMAT_VERSION = 3
 
+_FLOAT = QuantScheme(FLOAT_BITS)
 _CONFIG_KEYS = {"quant_method", "version", "bpw", "linears"}
-_LINEAR_KEYS = {"bits", "group_size", "symmetric", "scale_bits", "codebook"}
+_LINEAR_KEYS = {entry.name for entry in fields(QuantScheme)}
 
 
 def quantization_config(schemes: Mapping[str, QuantScheme], bpw: float) -> dict[str, Any]:
@@ -71,7 +84,8 @@ def parse_quantization_config(config: Mapping[str, Any]) -> tuple[dict[str, Quan
 def tensors_of(name: str, quantized: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything stored for one quantized linear, its bias aside.
 
-    Raises ValueError where a symmetric weight has a zero off the middle of the codes.
+    Raises ValueError where a symmetric weight has a zero off the middle of the codes, or there are
+    not as many outliers as the scheme says.
     """
     scheme = quantized.scheme
     middle = 2 ** (scheme.bits - 1)
@@ -81,12 +95,14 @@ def tensors_of(name: str, quantized: QuantizedWeight) -> Iterator[tuple[str, Ten
     yield f"{name}.qweight", pack(quantized.codes.contiguous(), scheme.bits)
     yield f"{name}.scales", stored_scales(quantized)
     if not scheme.symmetric:
-        yield f"{name}.zeros", pack(quantized.zeros.T.contiguous(), scheme.bits)
+        yield f"{name}.zeros", stored_zeros(quantized)
+    for leaf, tensor in stored_outliers(quantized):
+        yield f"{name}.{leaf}", tensor
 
 
 def layout_of(
     name: str, out_features: int, in_features: int, scheme: QuantScheme
-) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of the tensors that `tensors_of` yields; none for a linear at 16 bits.
 
     >>> for tensor, layout in layout_of("up", 8, 96, QuantScheme(3, 64)).items():
@@ -98,12 +114,16 @@ def layout_of(
     if scheme.is_float:
         return {}
     n_groups = scheme.n_groups(in_features)
-    layout = {
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"{name}.qweight": (torch.int32, (out_features, row_words(in_features, scheme.bits))),
         f"{name}.scales": (scale_dtype(scheme), (out_features, scheme.row_scales(in_features))),
     }
     if not scheme.symmetric:
-        layout[f"{name}.zeros"] = (torch.int32, (n_groups, row_words(out_features, scheme.bits)))
+        dtype, width = zero_layout(scheme, out_features)
+        layout[f"{name}.zeros"] = (dtype, (n_groups, width))
+    if scheme.outliers:
+        stored = outlier_layout(scheme, out_features, in_features)
+        layout |= {f"{name}.{leaf}": entry for leaf, entry in stored.items()}
     return layout
 
 
@@ -112,13 +132,12 @@ def _parse_linear(name: str, entry: Any) -> QuantScheme:
     if not isinstance(entry, Mapping):
         raise CheckpointError(f"{where} is {entry!r}, not an object")
     _check_keys(where, entry, _LINEAR_KEYS)
-    numbers = [entry[key] for key in ("bits", "group_size", "scale_bits")]
-    if not (all(type(number) is int for number in numbers) and type(entry["symmetric"]) is bool):
-        raise CheckpointError(f"{where}: {dict(entry)} does not hold three ints and a bool")
-    if entry["bits"] == FLOAT_BITS and (entry["group_size"], entry["symmetric"]) != (0, False):
+    for key, default in asdict(_FLOAT).items():
+        if type(entry[key]) is not type(default):
+            kind = type(default).__name__
+            raise CheckpointError(f"{where}: {key} is {entry[key]!r}, not of type {kind}")
+    if entry["bits"] == FLOAT_BITS and dict(entry) != asdict(_FLOAT):
         raise CheckpointError(f"{where}: 16 bits have no groups, got {dict(entry)}")
-    if not isinstance(entry["codebook"], str):
-        raise CheckpointError(f"{where}: codebook={entry['codebook']!r} is not a string")
     try:
         scheme = QuantScheme(**entry)
     except ValueError as error:

@@ -90,11 +90,20 @@ class LwquantQuantizer(HfQuantizer):
         check_tensors(needed | packed, found)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear) and module.scales.dtype == torch.float32:
-                # An architecture may ask for some modules in float32 by name. The scales were
-                # float16 in the file, so this narrowing is exact.
+        """Raises CheckpointError where the outliers of a linear lie outside it."""
+        for name, module in model.named_modules():
+            if not isinstance(module, QuantizedLinear):
+                continue
+            # An architecture may ask for some modules in float32 by name. These tensors were
+            # float16 in the file, so this narrowing is exact.
+            if module.scales.dtype == torch.float32:
                 module.scales = module.scales.half()
+            if module.outlier_values is not None:
+                module.outlier_values = module.outlier_values.half()
+            try:
+                module.check_outliers()
+            except ValueError as error:
+                raise CheckpointError(f"{name}: {error}") from error
 
     def is_serializable(self) -> bool:
         return True

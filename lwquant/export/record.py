@@ -39,6 +39,8 @@ class LinearRecord:
     group_size: int
     symmetric: bool
     scale_bits: int
+    fine_zeros: bool
+    outliers: int
     cost: float | None = None
     codebook: str = ""
 
@@ -82,6 +84,8 @@ class RunRecord:
                 group_size=entry.get("group_size", _integer),
                 symmetric=entry.get("symmetric", _boolean),
                 scale_bits=entry.get("scale_bits", _integer),
+                fine_zeros=entry.get("fine_zeros", _boolean),
+                outliers=entry.get("outliers", _integer),
                 cost=entry.optional("cost", _number),
                 codebook=entry.optional("codebook", _string) or "",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from lwquant import ops
 from lwquant.ops.codebook import dequantize_codebook, linear_codebook
+from lwquant.ops.outliers import check_outliers, column_dtype, decode_columns, encode_columns
 from lwquant.ops.scale_bytes import encode_scales
-from lwquant.types import QuantizedWeight, QuantScheme, row_words
+from lwquant.types import Outliers, QuantizedWeight, QuantScheme, row_words
 
 
 class QuantizedLinear(nn.Module):
-    """y = x Wᵀ + bias with W = (codes − zeros) · scales, unpacked only while it is multiplied.
+    """y = x Wᵀ + bias with W = (codes − zeros) · scales + O, unpacked only while it is multiplied.
 
     With a codebook W = value of the code · scales, and there are no zeros.
 
@@ -23,7 +24,12 @@ class QuantizedLinear(nn.Module):
         qweight: (out_features, row_words(in_features, bits)) int32.
         scales: (out_features, n_groups) float16, whatever dtype the module is moved to; with
             scale_bits 8 (out_features, 1 + n_groups) uint8, see lwquant/ops/scale_bytes.py.
-        zeros: (n_groups, row_words(out_features, bits)) int32; absent when symmetric.
+        zeros: (n_groups, row_words(out_features, bits)) int32; with fine_zeros (n_groups,
+            out_features) uint8, in steps of scheme.zero_step; absent when symmetric.
+        outlier_values: (n,) float16, O's entries row by row, n as scheme.n_outliers() says; like
+            the scales whatever dtype the module is moved to. All three are absent without outliers.
+        outlier_columns: (n,) int16 or int32, see lwquant/ops/outliers.py.
+        outlier_rows: (out_features + 1,) int32, where the entries of each row start.
     Parameter:
         bias: (out_features,) in the dtype of the model, or None.
 
@@ -33,6 +39,9 @@ class QuantizedLinear(nn.Module):
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
+    outlier_values: Tensor | None
+    outlier_columns: Tensor | None
+    outlier_rows: Tensor | None
 
     def __init__(
         self,
@@ -54,13 +63,17 @@ class QuantizedLinear(nn.Module):
         self.scheme = scheme
         n_groups, n_scales = scheme.n_groups(in_features), scheme.row_scales(in_features)
         code_words = row_words(in_features, scheme.bits)
-        zero_words = row_words(out_features, scheme.bits)
         qweight = torch.zeros(out_features, code_words, dtype=torch.int32, device=device)
         scales = torch.zeros(out_features, n_scales, dtype=scale_dtype(scheme), device=device)
-        zeros = torch.zeros(n_groups, zero_words, dtype=torch.int32, device=device)
+        zero_dtype, zero_width = zero_layout(scheme, out_features)
+        zeros = torch.zeros(n_groups, zero_width, dtype=zero_dtype, device=device)
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", None if scheme.symmetric else zeros)
+        layout = outlier_layout(scheme, out_features, in_features)
+        for name, (own_dtype, shape) in layout.items():
+            stored = torch.zeros(shape, dtype=own_dtype, device=device)
+            self.register_buffer(name, stored if scheme.outliers else None)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty)
 
@@ -74,7 +87,9 @@ class QuantizedLinear(nn.Module):
         layer.qweight = ops.pack(quantized.codes, scheme.bits)
         layer.scales = stored_scales(quantized).detach().clone()
         if not scheme.symmetric:
-            layer.zeros = ops.pack(quantized.zeros.T.contiguous(), scheme.bits)
+            layer.zeros = stored_zeros(quantized).detach().clone()
+        for name, tensor in stored_outliers(quantized):
+            setattr(layer, name, tensor.detach().clone())
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone())
         return layer
@@ -92,6 +107,7 @@ class QuantizedLinear(nn.Module):
             self.bias,
             self.scheme.bits,
             group_size,
+            *self._outliers,
         )
         return y
 
@@ -109,8 +125,20 @@ class QuantizedLinear(nn.Module):
             self.scheme.bits,
             group_size,
             self.in_features,
+            *self._outliers,
         )
         return weight
+
+    def check_outliers(self) -> None:
+        """Raise ValueError where outliers that were loaded would lie outside the weight."""
+        values, columns, rows = self._outliers
+        if values is None or columns is None or rows is None:
+            return
+        check_outliers(Outliers(values, decode_columns(columns), rows), self.in_features)
+
+    @property
+    def _outliers(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.outlier_values, self.outlier_columns, self.outlier_rows
 
     def extra_repr(self) -> str:
         return (
@@ -119,23 +147,33 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        # `.to(dtype)`, `.half()`, `.bfloat16()` would convert the scales and lose bits; as integers
-        # they are moved like any buffer but never converted.
-        dtype = self.scales.dtype
-        if dtype.is_floating_point:
-            self._buffers["scales"] = self.scales.view(torch.int16)
+        # `.to(dtype)`, `.half()`, `.bfloat16()` would convert scales and outliers and lose bits; as
+        # integers they are moved like any buffer but never converted.
+        floats = [
+            name
+            for name, buffer in self._buffers.items()
+            if buffer is not None and buffer.dtype == torch.float16
+        ]
+        self._view_buffers(floats, torch.int16)
         try:
             super()._apply(fn, recurse)
         finally:
-            self._buffers["scales"] = self.scales.view(dtype)
+            self._view_buffers(floats, torch.float16)
         return self
 
+    def _view_buffers(self, names: list[str], dtype: torch.dtype) -> None:
+        for name in names:
+            buffer = self._buffers[name]
+            assert buffer is not None
+            self._buffers[name] = buffer.view(dtype)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As every module, but scales of another dtype are refused rather than rounded."""
-        given = state_dict.get(prefix + "scales")
-        expected = scale_dtype(self.scheme)
-        if isinstance(given, Tensor) and given.dtype != expected:
-            raise ValueError(f"{prefix}scales is {given.dtype}, expected {expected}")
+        """As every module, but refuses floats of another dtype rather than rounding them."""
+        expected = {"scales": scale_dtype(self.scheme), "outlier_values": torch.float16}
+        for name, dtype in expected.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dtype != dtype:
+                raise ValueError(f"{prefix}{name} is {given.dtype}, expected {dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -149,6 +187,51 @@ def stored_scales(quantized: QuantizedWeight) -> Tensor:
     if quantized.scheme.scale_bits == 8:
         return encode_scales(quantized.scales)
     return quantized.scales.contiguous()
+
+
+def zero_layout(scheme: QuantScheme, out_features: int) -> tuple[torch.dtype, int]:
+    """The dtype that a scheme's zeros are stored with, and how many for one group of inputs."""
+    if scheme.fine_zeros:
+        return torch.uint8, out_features
+    return torch.int32, row_words(out_features, scheme.bits)
+
+
+def stored_zeros(quantized: QuantizedWeight) -> Tensor:
+    """The zeros as stored, (n_groups, width) as zero_layout() says; not for symmetric schemes."""
+    by_group = quantized.zeros.T.contiguous()
+    return by_group if quantized.scheme.fine_zeros else ops.pack(by_group, quantized.scheme.bits)
+
+
+def outlier_layout(
+    scheme: QuantScheme, out_features: int, in_features: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of the buffers that outliers are stored in, whether there are any or not."""
+    n = scheme.n_outliers(out_features, in_features)
+    return {
+        "outlier_values": (torch.float16, (n,)),
+        "outlier_columns": (column_dtype(in_features), (n,)),
+        "outlier_rows": (torch.int32, (out_features + 1,)),
+    }
+
+
+def stored_outliers(quantized: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of the outliers as stored; nothing where the scheme has none.
+
+    Raises ValueError where there are more or fewer than the scheme says, or some lie outside.
+    """
+    scheme, outliers = quantized.scheme, quantized.outliers
+    out_features, in_features = quantized.codes.shape
+    n = scheme.n_outliers(out_features, in_features)
+    if (outliers is None) != (scheme.outliers == 0):
+        raise ValueError(f"scheme {scheme.label} and the weight's outliers contradict each other")
+    if outliers is None:
+        return
+    if len(outliers.values) != n or len(outliers.columns) != n:
+        raise ValueError(f"scheme {scheme.label} has {n} outliers, not {len(outliers.values)}")
+    check_outliers(outliers, in_features)
+    yield "outlier_values", outliers.values
+    yield "outlier_columns", encode_columns(outliers.columns, in_features)
+    yield "outlier_rows", outliers.rows
 
 
 def _check_symmetric_zeros(quantized: QuantizedWeight) -> None:

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from lwquant.ops.schema import LIBRARY, dequantize
 
-_N_INPUTS = 7
+_N_INPUTS = 10
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scales, zeros, bias, bits, group_size = inputs
-    ctx.save_for_backward(qweight, scales, zeros)
+    x, qweight, scales, zeros, bias, bits, group_size, *outliers = inputs
+    ctx.save_for_backward(qweight, scales, zeros, *outliers)
     ctx.layout = (bits, group_size, x.shape[-1])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    qweight, scales, zeros = ctx.saved_tensors
+    qweight, scales, zeros, *outliers = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * _N_INPUTS
     if ctx.needs_input_grad[0]:
-        weight = dequantize(qweight, scales, zeros, *ctx.layout)
+        weight = dequantize(qweight, scales, zeros, *ctx.layout, *outliers)
         grads[0] = (grad.float() @ weight).to(grad.dtype)
     if ctx.needs_input_grad[4]:
         grads[4] = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)

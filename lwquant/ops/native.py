@@ -28,6 +28,10 @@ MAX_KERNEL_TOKENS = 32
 PANEL_BYTES = 2**24  # of float32 weights that exist at one time
 
 
+# Values, columns and rows of the sparse part; all None where there is none.
+OutlierTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 class UncompiledWarning(UserWarning):
     """The kernels are not compiled: correct results, much slower."""
 
@@ -85,6 +89,7 @@ def dequantize_native(
     bits: int,
     group_size: int,
     in_features: int,
+    outliers: OutlierTensors,
 ) -> Tensor:
     out_features = qweight.shape[0]
     out = torch.empty(out_features, in_features)
@@ -94,6 +99,7 @@ def dequantize_native(
         None if zeros is None else zeros.contiguous(),
         bits,
         group_size,
+        _contiguous(outliers),
         0,
         out,
     )
@@ -108,6 +114,7 @@ def linear_native(
     bias: Tensor | None,
     bits: int,
     group_size: int,
+    outliers: OutlierTensors,
 ) -> Tensor:
     """As linear_reference, and apart from float32 summation no further from it than
 
@@ -121,10 +128,11 @@ def linear_native(
     qweight, scales = qweight.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
+    outliers = _contiguous(outliers)
     n_tokens = tokens.shape[0]
     y = torch.empty(n_tokens, out_features)
     if n_tokens > MAX_KERNEL_TOKENS:
-        _linear_panels(tokens, qweight, scales, zeros, bias, bits, group_size, y)
+        _linear_panels(tokens, qweight, scales, zeros, bias, bits, group_size, outliers, y)
     else:
         _kernels.linear(  # type: ignore[union-attr]
             tokens.data_ptr(),
@@ -135,11 +143,11 @@ def linear_native(
             in_features,
             scales.data_ptr(),
             *_scale_layout(scales),
-            0 if zeros is None else zeros.data_ptr(),
-            0 if zeros is None else zeros.shape[1],
+            *_zero_layout(zeros),
             0 if bias is None else bias.data_ptr(),
             bits,
             group_size,
+            *_outlier_layout(outliers),
             torch.get_num_threads(),
             y.data_ptr(),
         )
@@ -154,6 +162,7 @@ def _linear_panels(
     bias: Tensor | None,
     bits: int,
     group_size: int,
+    outliers: OutlierTensors,
     y: Tensor,
 ) -> None:
     """y (n_tokens, out_features), a panel of rows at a time."""
@@ -163,7 +172,7 @@ def _linear_panels(
     for start in range(0, out_features, n_rows):
         stop = min(start + n_rows, out_features)
         weight = panel[: stop - start]
-        _dequantize_rows(qweight, scales, zeros, bits, group_size, start, weight)
+        _dequantize_rows(qweight, scales, zeros, bits, group_size, outliers, start, weight)
         part = None if bias is None else bias[start:stop]
         y[:, start:stop] = F.linear(tokens, weight, part)
 
@@ -174,6 +183,7 @@ def _dequantize_rows(
     zeros: Tensor | None,
     bits: int,
     group_size: int,
+    outliers: OutlierTensors,
     row: int,
     out: Tensor,
 ) -> None:
@@ -185,10 +195,10 @@ def _dequantize_rows(
         out.shape[1],
         scales.data_ptr(),
         *_scale_layout(scales),
-        0 if zeros is None else zeros.data_ptr(),
-        0 if zeros is None else zeros.shape[1],
+        *_zero_layout(zeros),
         bits,
         group_size,
+        *_outlier_layout(outliers),
         row,
         out.shape[0],
         torch.get_num_threads(),
@@ -200,6 +210,27 @@ def _scale_layout(scales: Tensor) -> tuple[bool, int]:
     """Whether each scale is a byte, after the byte of its row's window, and groups per row."""
     as_bytes = scales.dtype == torch.uint8
     return as_bytes, scales.shape[1] - as_bytes
+
+
+def _zero_layout(zeros: Tensor | None) -> tuple[int, bool, int]:
+    """Address (0: no zeros), whether each zero is a byte, and bytes or words per group."""
+    if zeros is None:
+        return 0, False, 0
+    return zeros.data_ptr(), zeros.dtype == torch.uint8, zeros.shape[1]
+
+
+def _contiguous(outliers: OutlierTensors) -> OutlierTensors:
+    values, columns, rows = (None if t is None else t.contiguous() for t in outliers)
+    return values, columns, rows
+
+
+def _outlier_layout(outliers: OutlierTensors) -> tuple[int, int, bool, int, int]:
+    """Addresses of values and columns, whether a column is 32 bits, address of rows, and n."""
+    values, columns, rows = outliers
+    if values is None or columns is None or rows is None:
+        return 0, 0, False, 0, 0
+    wide = columns.dtype == torch.int32
+    return values.data_ptr(), columns.data_ptr(), wide, rows.data_ptr(), values.numel()
 
 
 def rounding_compiled(*tensors: Tensor | None) -> bool:
@@ -247,6 +278,7 @@ def fit_groups_native(
     bits: int,
     symmetric: bool,
     scale_mantissa: int,
+    halvings: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As quantizers.grid's search for the range of each group, (n,) scales and zeros."""
     n, size = rows.shape
@@ -266,6 +298,8 @@ def fit_groups_native(
         bits,
         symmetric,
         scale_mantissa,
+        halvings is not None,
+        halvings or 0,
         torch.get_num_threads(),
         scales.data_ptr(),
         zeros.data_ptr(),

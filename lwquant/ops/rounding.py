@@ -88,13 +88,16 @@ def fit_groups(
     bits: int,
     symmetric: bool,
     scale_mantissa: int,
+    halvings: int | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Scale and zero (n,) of groups (n, size), compiled; None where only torch can do it.
 
     Args:
         importance: (n_groups, size); row r has those of group r mod n_groups.
+        shrinks: shares of the full range to try.
         scale_mantissa: bits of a scale below its leading one.
+        halvings: how often to search more finely for a fine zero; None: the zero is whole.
     """
     if not rounding_compiled(rows, importance):
         return None
-    return fit_groups_native(rows, importance, shrinks, bits, symmetric, scale_mantissa)
+    return fit_groups_native(rows, importance, shrinks, bits, symmetric, scale_mantissa, halvings)

@@ -10,6 +10,8 @@ from torch import Tensor
 from lwquant.errors import LwquantError
 from lwquant.ops import native
 from lwquant.ops.layout import pack_reference, unpack_reference
+from lwquant.ops.native import OutlierTensors
+from lwquant.ops.outliers import column_dtype
 from lwquant.ops.reference import dequantize_reference, linear_reference
 from lwquant.types import WIDTHS, row_words
 
@@ -18,13 +20,14 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = torch.library.Library("lwquant", "DEF")
 LIBRARY.define("pack(Tensor codes, int bits) -> Tensor")
 LIBRARY.define("unpack(Tensor packed, int bits, int n_codes) -> Tensor")
+_OUTLIERS = "Tensor? outlier_values=None, Tensor? outlier_columns=None, Tensor? outlier_rows=None"
 LIBRARY.define(
     "dequantize(Tensor qweight, Tensor scales, Tensor? zeros, int bits, int group_size,"
-    " int in_features) -> Tensor"
+    f" int in_features, {_OUTLIERS}) -> Tensor"
 )
 LIBRARY.define(
     "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int bits,"
-    " int group_size) -> Tensor"
+    f" int group_size, {_OUTLIERS}) -> Tensor"
 )
 
 
@@ -83,8 +86,24 @@ def _check_layer(
         _check_tensor("scales", scales, torch.uint8, (out_features, 1 + n_groups))
     else:
         _check_tensor("scales", scales, torch.float16, (out_features, n_groups))
-    if zeros is not None:
+    if zeros is not None and zeros.dtype == torch.uint8:
+        _check_tensor("zeros", zeros, torch.uint8, (n_groups, out_features))
+    elif zeros is not None:
         _check_tensor("zeros", zeros, torch.int32, (n_groups, row_words(out_features, bits)))
+
+
+def _check_outliers(outliers: OutlierTensors, qweight: Tensor, in_features: int) -> None:
+    values, columns, rows = outliers
+    if values is None and columns is None and rows is None:
+        return
+    if values is None or columns is None or rows is None:
+        raise LwquantError("outliers have values, columns and rows: all three or none")
+    _check_tensor("outlier_values", values, torch.float16, (values.numel(),))
+    _check_tensor("outlier_columns", columns, column_dtype(in_features), (values.numel(),))
+    _check_tensor("outlier_rows", rows, torch.int32, (qweight.shape[0] + 1,))
+    for tensor in (values, columns, rows):
+        if tensor.device != qweight.device:
+            raise LwquantError(f"outliers are on {tensor.device}, the layer on {qweight.device}")
 
 
 def _check_linear(
@@ -133,11 +152,18 @@ def _dequantize(
     bits: int,
     group_size: int,
     in_features: int,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    outlier_rows: Tensor | None = None,
 ) -> Tensor:
+    outliers = (outlier_values, outlier_columns, outlier_rows)
     _check_layer(qweight, scales, zeros, bits, group_size, in_features)
+    _check_outliers(outliers, qweight, in_features)
     if native.compiled() and qweight.is_cpu:
-        return native.dequantize_native(qweight, scales, zeros, bits, group_size, in_features)
-    return dequantize_reference(qweight, scales, zeros, bits, group_size, in_features)
+        return native.dequantize_native(
+            qweight, scales, zeros, bits, group_size, in_features, outliers
+        )
+    return dequantize_reference(qweight, scales, zeros, bits, group_size, in_features, *outliers)
 
 
 def _linear(
@@ -148,13 +174,18 @@ def _linear(
     bias: Tensor | None,
     bits: int,
     group_size: int,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    outlier_rows: Tensor | None = None,
 ) -> Tensor:
+    outliers = (outlier_values, outlier_columns, outlier_rows)
     _check_linear(x, qweight, scales, zeros, bias, bits, group_size)
+    _check_outliers(outliers, qweight, x.shape[-1])
     if x.is_cpu:
         if native.compiled():
-            return native.linear_native(x, qweight, scales, zeros, bias, bits, group_size)
+            return native.linear_native(x, qweight, scales, zeros, bias, bits, group_size, outliers)
         native.warn_uncompiled()
-    return linear_reference(x, qweight, scales, zeros, bias, bits, group_size)
+    return linear_reference(x, qweight, scales, zeros, bias, bits, group_size, *outliers)
 
 
 def _pack_fake(codes: Tensor, bits: int) -> Tensor:
@@ -174,8 +205,13 @@ def _dequantize_fake(
     bits: int,
     group_size: int,
     in_features: int,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    outlier_rows: Tensor | None = None,
 ) -> Tensor:
+    outliers = (outlier_values, outlier_columns, outlier_rows)
     _check_layer(qweight, scales, zeros, bits, group_size, in_features)
+    _check_outliers(outliers, qweight, in_features)
     return qweight.new_empty(qweight.shape[0], in_features, dtype=torch.float32)
 
 
@@ -187,8 +223,13 @@ def _linear_fake(
     bias: Tensor | None,
     bits: int,
     group_size: int,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    outlier_rows: Tensor | None = None,
 ) -> Tensor:
+    outliers = (outlier_values, outlier_columns, outlier_rows)
     _check_linear(x, qweight, scales, zeros, bias, bits, group_size)
+    _check_outliers(outliers, qweight, x.shape[-1])
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 

@@ -5,8 +5,8 @@ A quantizer is a function (weight, stats, scheme, *, settings) -> QuantizedWeigh
 argument, treats output rows independently, and uses a shorter last group where group_size does not
 divide in_features. Its error on the data, or where it looks at none the error it fits, is not above
 plain rounding's (bnb is plain rounding itself, as another package does it). It raises ValueError
-for a scheme it has no codes for; LIMITS says so before anything is measured.
-tests/contract/test_quantizers.py holds every entry below to this.
+for a scheme it has no codes for, one with outliers unless it is quantease; LIMITS says so before
+anything is measured. tests/contract/test_quantizers.py holds every entry below to this.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,10 @@ LIMITS: dict[Callable[..., Any], Callable[[QuantScheme], None]] = {
 def refuse_scheme(quantizer: Callable[..., Any], scheme: QuantScheme) -> None:
     """ValueError where a listed quantizer, or a partial of one, has no codes for the scheme."""
     base = quantizer.func if isinstance(quantizer, partial) else quantizer
+    if scheme.outliers and base is not quantease and base in QUANTIZERS.values():
+        raise ValueError(
+            f"scheme {scheme.label} has outliers, which only the quantizer quantease looks for"
+        )
     if base in LIMITS:
         LIMITS[base](scheme)
 

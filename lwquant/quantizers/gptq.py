@@ -70,9 +70,9 @@ def gptq(
         _round_with_terms(columns, feedback, pull, first_order, scales, zeros, scheme)
     else:
         round_columns(columns, feedback, scales, zeros, scheme.max_code, codebook=scheme.codebook)
-    codes = grid.round(columns[torch.argsort(order)].T).byte()
+    codes = grid.round(columns[torch.argsort(order)].T)
     notes = () if used == damping else (f"damping raised from {damping} to {used:g}",)
-    return QuantizedWeight(scheme, codes, grid.scales.half(), grid.zeros.byte(), notes)
+    return grid.weight_of(codes, notes)
 
 
 @lru_cache(maxsize=1)

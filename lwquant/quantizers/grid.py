@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -10,11 +11,16 @@ from torch import Tensor
 from lwquant.codebooks import nearest_codes, values_of
 from lwquant.ops.rounding import fit_groups
 from lwquant.ops.scale_bytes import MANTISSA_BITS, window_floor
-from lwquant.types import QuantScheme
+from lwquant.types import QuantizedWeight, QuantScheme
 
 # Ranges tried by the clip search, as fractions of the full range; below a third, clipping has
 # never won at 2 bits on the weights we looked at, where it goes furthest.
 SHRINKS = torch.linspace(1.0, 0.36, 33).tolist()
+# With fine zeros each end of the range shrinks by itself: every pair of these is tried, then the
+# pairs around the best, this often, at half the distance each time.
+END_SHRINKS = torch.linspace(1.0, 0.36, 6).tolist()
+HALVINGS = 3
+LINE_FITS = 2  # and then lines are fitted this often through codes and weights
 FLOAT16_END = 2.0**16  # what would follow the largest float16
 # Rows are handled in slices of about this many weights, so that the search stays in cache.
 SLICE_WEIGHTS = 1 << 18
@@ -22,11 +28,13 @@ SLICE_WEIGHTS = 1 << 18
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales (float16 values) and whole zeros of every group, each (out_features, n_groups)."""
+    """Scales (float16 values) and zero-points of every group, each (out_features, n_groups)."""
 
     scheme: QuantScheme
     scales: Tensor  # float32, values that the scheme's scale_bits can hold
-    zeros: Tensor  # float32, whole numbers in [0, max_code]; not looked at with a codebook
+    # float32 codes: multiples of scheme.zero_step, up to scheme.max_zero of them. A codebook has
+    # none; then they say nothing.
+    zeros: Tensor
 
     def round(self, weight: Tensor) -> Tensor:
         """Nearest codes (out_features, in_features) float32."""
@@ -42,6 +50,11 @@ class Grid:
         if self.scheme.codebook:
             return values_of(codes, self.scheme.codebook) * self.scales[:, expand]
         return (codes.float() - self.zeros[:, expand]) * self.scales[:, expand]
+
+    def weight_of(self, codes: Tensor, notes: tuple[str, ...] = ()) -> QuantizedWeight:
+        """What is stored of codes (out_features, in_features) of this grid, whole numbers."""
+        zeros = (self.zeros / self.scheme.zero_step).byte()
+        return QuantizedWeight(self.scheme, codes.byte(), self.scales.half(), zeros, notes)
 
 
 def even_steps_only(scheme: QuantScheme) -> None:
@@ -70,8 +83,17 @@ def fit_grid(
             squared error, then refit its scale by least squares. False: plain min-max.
         unclipped: rows (out_features,) bool that are plain min-max all the same.
 
-    Raises ValueError when a scale leaves float16's range.
+    Fine zeros are searched as in NeUQI (arXiv:2505.17595), which minimizes the same error over
+    scales and real zero-points together, coarsely and then finely; how the pairs are chosen is
+    ours.
+
+    Raises ValueError when a scale leaves float16's range, and for a scheme with outliers: a grid
+    is fitted to what they leave.
     """
+    if scheme.outliers:
+        raise ValueError(
+            f"scheme {scheme.label} has outliers, which only the quantizer quantease looks for"
+        )
     out_features, in_features = weight.shape
     n_groups, size = scheme.n_groups(in_features), min(scheme.group_size, in_features)
     padding = n_groups * size - in_features
@@ -82,8 +104,9 @@ def fit_grid(
     per_group = torch.nn.functional.pad(importance.float(), (0, padding)).view(n_groups, size)
     found = None
     if search and not scheme.codebook:
+        shrinks, halvings = (END_SHRINKS, HALVINGS) if scheme.fine_zeros else (SHRINKS, None)
         how = scheme.bits, scheme.symmetric, scale_mantissa(scheme)
-        found = fit_groups(grouped, per_group, SHRINKS, *how)
+        found = fit_groups(grouped, per_group, shrinks, *how, halvings)
     scales, zeros = found or _fit_slices(grouped, per_group, scheme, search)
     scales, zeros = scales.view(out_features, n_groups), zeros.view(out_features, n_groups)
     scales = in_window(scales, scheme)
@@ -125,6 +148,8 @@ def _fit_rows(
     best_scale, best_zero = _grid_of(low, high, scheme)
     if not search:
         return best_scale, best_zero
+    if scheme.fine_zeros:
+        return _search_ends(rows, importance, low, high, scheme)
     best_error = _error(rows, importance, best_scale, best_zero, scheme)
     for shrink in SHRINKS[1:]:
         scale, zero = _grid_of(low * shrink, high * shrink, scheme)
@@ -138,6 +163,65 @@ def _fit_rows(
     return torch.where(better, scale, best_scale), best_zero
 
 
+def _search_ends(
+    rows: Tensor, importance: Tensor, low: Tensor, high: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero, each (n,), of the best range whose ends are shares of low and high (n,)."""
+    best: tuple[Tensor, ...] = ()  # error, scale, zero, share of low, share of high
+
+    def try_shares(share_low: Tensor, share_high: Tensor) -> None:
+        nonlocal best
+        scale, zero = _grid_of(low * share_low, high * share_high, scheme)
+        error = _error(rows, importance, scale, zero, scheme)
+        best = _lesser(best, (error, scale, zero, share_low, share_high))
+
+    for one, other in product(END_SHRINKS, repeat=2):
+        try_shares(torch.full_like(low, one), torch.full_like(high, other))
+    distance = END_SHRINKS[0] - END_SHRINKS[1]
+    for _ in range(HALVINGS):
+        distance /= 2
+        around_low, around_high = best[3:]
+        for one, other in product((-1, 0, 1), repeat=2):
+            if one or other:
+                try_shares(around_low + one * distance, around_high + other * distance)
+    found = best[:3]
+    for _ in range(LINE_FITS):
+        _, scale, zero = found
+        codes = _steps(rows, scale, zero, scheme).add_(zero[:, None])
+        line = fit_line(rows, codes, importance, scale[:, None], scheme)
+        scale, zero = (part[:, 0] for part in line)
+        error = _error(rows, importance, scale, zero, scheme)
+        found = _lesser(found, (error, scale, zero))
+    return found[1], found[2]
+
+
+def _lesser(best: tuple[Tensor, ...], tried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Row by row the one with less error, which comes first; the best so far may be empty."""
+    if not best:
+        return tried
+    less = tried[0] < best[0]
+    return tuple(torch.where(less, new, old) for new, old in zip(tried, best, strict=True))
+
+
+def fit_line(
+    values: Tensor, codes: Tensor, importance: Tensor, scale: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor]:
+    """Scale and fine zero, each (..., 1), of the least-squares line through codes and values.
+
+    Args:
+        values, codes, importance: (..., size); what has no importance is not looked at.
+        scale: (..., 1), kept where the line does not rise.
+    """
+    total = importance.sum(-1, keepdim=True).clamp(min=1e-30)
+    mean_code = (importance * codes).sum(-1, keepdim=True) / total
+    mean_value = (importance * values).sum(-1, keepdim=True) / total
+    apart = codes - mean_code
+    slope = (importance * apart * (values - mean_value)).sum(-1, keepdim=True)
+    slope /= (importance * apart.square()).sum(-1, keepdim=True).clamp(min=1e-30)
+    fitted = storable_scale(torch.where(slope > 0, slope, scale), scheme)
+    return fitted, storable_zero(mean_code - mean_value / fitted, scheme)
+
+
 def _grid_of(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     if scheme.symmetric:
         # 2^(b-1) negative steps and one fewer positive: the larger half carries the range.
@@ -145,8 +229,13 @@ def _grid_of(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Te
         scale = storable_scale(high / steps, scheme)
         return scale, torch.full_like(scale, float(2 ** (scheme.bits - 1)))
     scale = storable_scale((high - low) / scheme.max_code, scheme)
-    zero = (-low / scale).round_().clamp_(0, scheme.max_code)
-    return scale, zero
+    return scale, storable_zero(-low / scale, scheme)
+
+
+def storable_zero(zero: Tensor, scheme: QuantScheme) -> Tensor:
+    """The nearest zero-point that the scheme stores."""
+    stored = (zero / scheme.zero_step).round_().clamp_(0, scheme.max_zero)
+    return stored.mul_(scheme.zero_step)
 
 
 def storable_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:

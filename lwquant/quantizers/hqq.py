@@ -3,8 +3,9 @@
 Badri, Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023),
 https://mobiusml.github.io/hqq_blog. Their zeros are floats and their scales stay as min and max
 gave them; our zeros are whole code values, so that the scale moves too, and each step chooses among
-neighbouring zeros. They measure errors in units of the weights and raise the penalty as they go; we
-measure in steps of the grid, so that one penalty means the same for every group, and keep it.
+neighbouring zeros or, where the scheme has fine zeros, fits scale and zero together. They measure
+errors in units of the weights and raise the penalty as they go; we measure in steps of the grid, so
+that one penalty means the same for every group, and keep it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lwquant.quantizers.grid import (
     Grid,
     even_steps_only,
     fit_grid,
+    fit_line,
     in_window,
     storable_scale,
 )
@@ -56,21 +58,21 @@ def hqq(
     even_steps_only(scheme)
     grouped, inside = _grouped(weight.float(), scheme)
     found = _parts(fit_grid(weight, scheme, search=False))
-    best = _errors(grouped, *found, scheme, exponent)
+    best = _errors(grouped, inside, *found, scheme, exponent)
     for shrink in SHRINKS[1:]:
         tried = _parts(fit_grid(weight * shrink, scheme, search=False))
-        best, found = _better(best, found, _errors(grouped, *tried, scheme, exponent), tried)
+        errors = _errors(grouped, inside, *tried, scheme, exponent)
+        best, found = _better(best, found, errors, tried)
     scale, zero = found
     step = scale
     for _ in range(rounds):
         codes = _codes(grouped, scale, zero, scheme)
         apart = _shrunk((grouped - (codes - zero) * scale) / step, PENALTY, exponent) * step
         scale, zero = _refit(grouped - apart, codes, inside, scale, zero, scheme)
-        errors = _errors(grouped, scale, zero, scheme, exponent)
+        errors = _errors(grouped, inside, scale, zero, scheme, exponent)
         best, found = _better(best, found, errors, (scale, zero))
     grid = Grid(scheme, in_window(found[0][:, :, 0], scheme), found[1][:, :, 0])
-    codes = grid.round(weight.float())
-    return QuantizedWeight(scheme, codes.byte(), grid.scales.half(), grid.zeros.byte())
+    return grid.weight_of(grid.round(weight.float()))
 
 
 def _parts(grid: Grid) -> Parts:
@@ -92,11 +94,16 @@ def _codes(grouped: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) ->
 
 
 def _errors(
-    grouped: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme, exponent: float
+    grouped: Tensor,
+    inside: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    scheme: QuantScheme,
+    exponent: float,
 ) -> Tensor:
-    """Σ |Ŵ − W|^exponent of each group, (out_features, n_groups, 1); padding is on every grid."""
+    """Σ |Ŵ − W|^exponent of each group, (out_features, n_groups, 1)."""
     rounded = (_codes(grouped, scale, zero, scheme) - zero) * scale
-    return (rounded - grouped).abs_().pow_(exponent).sum(2, keepdim=True)
+    return (rounded - grouped).abs_().pow_(exponent).mul_(inside).sum(2, keepdim=True)
 
 
 def _shrunk(errors: Tensor, penalty: float, exponent: float) -> Tensor:
@@ -108,10 +115,12 @@ def _shrunk(errors: Tensor, penalty: float, exponent: float) -> Tensor:
 def _refit(
     wanted: Tensor, codes: Tensor, inside: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme
 ) -> Parts:
-    """Scale and zero of least squares for codes that stay, among the zero and its neighbours."""
+    """Scale and zero of least squares for codes that stay.
+
+    The zero is it and its neighbours' best; a fine one is it or that of the fitted line.
+    """
     best, found = torch.full_like(scale, torch.inf), (scale, zero)
-    for shift in (0,) if scheme.symmetric else (0, -1, 1):
-        tried = (zero + shift).clamp(0, scheme.max_code)
+    for tried in _zeros_to_try(wanted, codes, inside, scale, zero, scheme):
         steps = (codes - tried) * inside
         fit = (steps * wanted).sum(2, keepdim=True)
         fit /= steps.square().sum(2, keepdim=True).clamp(min=1e-30)
@@ -119,6 +128,16 @@ def _refit(
         missed = (steps * fitted - wanted).square_().sum(2, keepdim=True)
         best, found = _better(best, found, missed, (fitted, tried))
     return found
+
+
+def _zeros_to_try(
+    wanted: Tensor, codes: Tensor, inside: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, ...]:
+    if scheme.symmetric:
+        return (zero,)
+    if scheme.fine_zeros:
+        return zero, fit_line(wanted, codes, inside.expand_as(wanted), scale, scheme)[1]
+    return zero, *((zero + shift).clamp(0, scheme.max_code) for shift in (-1, 1))
 
 
 def _better(best: Tensor, found: Parts, errors: Tensor, tried: Parts) -> tuple[Tensor, Parts]:

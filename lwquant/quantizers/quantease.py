@@ -3,12 +3,14 @@
 Behdin et al., "QuantEase: Optimization-based Quantization for Language Models",
 arXiv:2309.01885. A sweep visits the input columns in turn and puts each weight on the grid point
 that is best given all others. Ours alternates sweeps with the least-squares scales of the codes
-found (as the codebook step of GuidedQuant's LNQ, arXiv:2505.07004, here for group scales).
+found (as the codebook step of GuidedQuant's LNQ, arXiv:2505.07004, here for group scales). Where
+the scheme has outliers, the sweeps alternate with steps on these, too: see outliers.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -18,8 +20,9 @@ from torch import Tensor
 from lwquant.ops.rounding import round_columns
 from lwquant.quantizers.gptq import gptq
 from lwquant.quantizers.grid import Grid, even_steps_only, fit_grid
+from lwquant.quantizers.outliers import largest_eigenvalue, refit_outliers, top_entries
 from lwquant.quantizers.scales import refit_scales
-from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
+from lwquant.types import LayerStats, Outliers, QuantizedWeight, QuantScheme
 
 RELAXED_EVERY = 3  # from unrounded weights, every third sweep moves them without rounding
 
@@ -38,6 +41,9 @@ def quantease(
 ) -> QuantizedWeight:
     """Quantize one linear by descent on tr((Ŵ − W)(H + damping·mean(diag H)·I)(Ŵ − W)ᵀ).
 
+    Where the scheme has outliers they are part of Ŵ. They lie wherever in the linear they do most,
+    so that the rows are not independent of each other then.
+
     Args:
         weight: (out_features, in_features).
         stats: hessian (in_features, in_features).
@@ -52,29 +58,40 @@ def quantease(
     """
     even_steps_only(scheme)
     hessian, order = _damped(stats, weight.device, damping)
+    n_outliers, plain = scheme.n_outliers(*weight.shape), scheme.without_outliers
+    apart = top_entries(weight.float(), n_outliers)
+    target = weight.float() - apart
+    eigenvalue = largest_eigenvalue(hessian) if n_outliers else None
     if start == "gptq":
-        begun = gptq(weight, stats, scheme, damping=damping, search=search, unclipped=unclipped)
-        grid = Grid(scheme, begun.scales.float(), begun.zeros.float())
+        begun = gptq(target, stats, plain, damping=damping, search=search, unclipped=unclipped)
+        grid = Grid(plain, begun.scales.float(), begun.zero_points)
         current, notes = begun.dequantize(), begun.notes
     else:
         importance = stats.hessian.diagonal().to(weight.device)
         seen = importance if importance.any() else None
-        grid = fit_grid(weight, scheme, seen, search=search, unclipped=unclipped)
-        current, notes = weight.float().clone(), ()
+        grid = fit_grid(target, plain, seen, search=search, unclipped=unclipped)
+        current, notes = target.clone(), ()
     codes = grid.round(current)
     for number in range(sweeps):
         relaxed = start == "weight" and number % RELAXED_EVERY == 1 and number < sweeps - 1
-        current = sweep(weight, current, hessian, None if relaxed else grid, order)
+        current = sweep(target, current, hessian, None if relaxed else grid, order)
         if relaxed:
             continue
         codes = grid.round(current)
         if refit:
-            refitted = refit_scales(weight, hessian, codes, grid)
+            refitted = refit_scales(target, hessian, codes, grid)
             if unclipped is not None:
                 refitted.scales[unclipped] = grid.scales[unclipped]
             grid = refitted
             current = grid.dequantize(codes)
-    return QuantizedWeight(scheme, codes.byte(), grid.scales.half(), grid.zeros.byte(), notes)
+        if eigenvalue is not None:
+            missed = weight.float() - current
+            apart = refit_outliers(missed, apart, hessian, eigenvalue, n_outliers)
+            target = weight.float() - apart
+    found = grid.weight_of(codes, notes)
+    if not scheme.outliers:
+        return found
+    return replace(found, scheme=scheme, outliers=Outliers.largest(apart, n_outliers))
 
 
 def without_descent(quantizer: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,5 +18,4 @@ def rtn(
         search: fit each group's range by squared error instead of min and max.
     """
     grid = fit_grid(weight, scheme, search=search)
-    codes = grid.round(weight.float())
-    return QuantizedWeight(scheme, codes.byte(), grid.scales.half(), grid.zeros.byte())
+    return grid.weight_of(grid.round(weight.float()))

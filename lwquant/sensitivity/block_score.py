@@ -30,12 +30,15 @@ def spread(
 
 
 def rounding_noise(module: nn.Module, schemes: Sequence[QuantScheme]) -> Tensor:
-    """‖Q(W) − W‖² / ‖W‖² per scheme, (n_schemes,) float64; 0 for 16 bits and for a zero weight."""
+    """‖Q(W) − W‖² / ‖W‖² per scheme, (n_schemes,) float64; 0 for 16 bits and for a zero weight.
+
+    Outliers of a scheme are not looked for.
+    """
     weight = get_weight(module)
     energy = weight.square().sum().item()
     noise = torch.zeros(len(schemes), dtype=torch.float64)
     for position, scheme in enumerate(schemes):
         if not scheme.is_float and energy > 0:
-            rounded = rtn(weight, None, scheme).dequantize()
+            rounded = rtn(weight, None, scheme.without_outliers).dequantize()
             noise[position] = (rounded - weight).square().sum().item() / energy
     return noise

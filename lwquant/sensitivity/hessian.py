@@ -27,15 +27,18 @@ def hessian(
     *,
     progress: Progress = silent,
 ) -> Measurement:
-    """tr(H)/n · ‖Q(W) − W‖² per token with plain rounding, (n_linears, n_schemes)."""
-    costs = []
+    """tr(H)/n · ‖Q(W) − W‖² per token with plain rounding, (n_linears, n_schemes).
+
+    Outliers of a scheme are not looked for.
+    """
+    costs, plain = [], [scheme.without_outliers for scheme in schemes]
     for visit in walk_blocks(decoder, tokens):
         progress("sensitivity", f"block {visit.index}", visit.index, decoder.n_blocks)
         stats = block_stats(decoder, visit.index, visit.block, visit.inputs)
         for spec in visit.linears:
             module = visit.block.get_submodule(decoder.local_name(spec))
             own = stats[spec.input_group]
-            changes = weight_changes(module, own, schemes, rtn)
+            changes = weight_changes(module, own, plain, rtn)
             curvature = own.hessian.diagonal().double().mean().item() / own.n_tokens
             costs.append(curvature * changes.square().sum((1, 2)).double().cpu())
     return Measurement(torch.stack(costs))

@@ -12,10 +12,11 @@ from lwquant.codebooks import CODEBOOKS
 from lwquant.ops.scale_bytes import decode_scales, encode_scales
 from lwquant.quantizers import QUANTIZERS, gptq, refuse_scheme, rtn
 from lwquant.quantizers.gptq import inverse_cholesky
-from lwquant.quantizers.grid import fit_grid
+from lwquant.quantizers.grid import fit_grid, fit_line
 from lwquant.types import WHOLE_ROW, LayerStats, QuantScheme
 
 EVEN = [QuantScheme(bits, 16) for bits in (2, 3, 4, 5, 6, 8)]
+FINE = [replace(scheme, fine_zeros=True) for scheme in EVEN]
 TABLES = [QuantScheme(4, 32, codebook=codebook) for codebook in CODEBOOKS]
 INT8_ROWS = QuantScheme(8, WHOLE_ROW, symmetric=True)
 
@@ -36,7 +37,8 @@ def cases(schemes):
     return pytest.mark.parametrize(("name", "scheme"), found, ids=ids)
 
 
-every_case = cases([*EVEN, *TABLES, INT8_ROWS])
+OTHERS = [FINE[0], FINE[1], *TABLES, INT8_ROWS]
+every_case = cases([*EVEN, *OTHERS])
 
 
 def sparse_error(weight, rounded, hessian):
@@ -83,7 +85,7 @@ def test_codes_are_in_range_and_shaped_like_the_weight(name, scheme):
 @cases(
     [
         *(QuantScheme(s.bits, 16, *how) for s in EVEN for how in product((False, True), (8, 16))),
-        *(replace(scheme, scale_bits=bits) for scheme in TABLES for bits in (8, 16)),
+        *(replace(scheme, scale_bits=bits) for scheme in [*TABLES, *FINE] for bits in (8, 16)),
     ]
 )
 def test_its_error_is_not_above_that_of_plain_rounding(name, scheme):
@@ -103,15 +105,31 @@ def test_only_a_quantizer_that_looks_at_no_data_has_an_error_of_its_own(name):
     assert torch.equal(seeing.dequantize(), blind.dequantize())
 
 
+@pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_more_bits_mean_less_output_error(name):
+def test_more_bits_mean_less_output_error(name, fine):
     weight, stats = make_layer()
-    menu = [s for s in (EVEN if takes(name, EVEN[0]) else [TABLES[0], INT8_ROWS])]
+    even = FINE if fine else EVEN
+    menu = even if takes(name, even[0]) else [TABLES[0], INT8_ROWS]
     errors = [
         proxy_loss(weight, QUANTIZERS[name](weight, stats, s).dequantize(), stats.hessian)
         for s in menu
     ]
     assert errors == sorted(errors, reverse=True)
+
+
+@cases(FINE[:3])
+def test_fine_zeros_are_used_and_pay(name, scheme):
+    weight, stats = make_layer(80)
+    settings = {"search": True} if name == "rtn" else {}
+    error, found = OBJECTIVES[name], {}
+    for fine in (False, True):
+        tried = replace(scheme, fine_zeros=fine)
+        got = QUANTIZERS[name](weight, stats, tried, **settings)
+        found[fine] = error(weight, got.dequantize(), stats.hessian)
+    assert found[True] < 0.95 * found[False]
+    between = got.zeros % round(1 / scheme.zero_step) != 0
+    assert between.double().mean() > 0.8
 
 
 @cases([QuantScheme(4, 16), *TABLES])
@@ -127,7 +145,7 @@ def test_weights_on_the_grid_are_unchanged(name, scheme):
     torch.testing.assert_close(got, on_grid)
 
 
-@cases([replace(s, scale_bits=b) for s in [EVEN[1], *TABLES, INT8_ROWS] for b in (8, 16)])
+@cases([replace(s, scale_bits=b) for s in [EVEN[1], *OTHERS] for b in (8, 16)])
 def test_rows_do_not_influence_each_other(name, scheme):
     weight, stats = make_layer()
     quantize = QUANTIZERS[name]
@@ -167,6 +185,13 @@ def test_scales_of_eight_bits_can_be_written(name, scheme):
     weight[3, :16] *= 1e4  # far beyond what the other groups of its row need
     got = QUANTIZERS[name](weight, stats, replace(scheme, scale_bits=8))
     assert torch.equal(decode_scales(encode_scales(got.scales)), got.scales)
+
+
+@pytest.mark.parametrize("name", [n for n in QUANTIZERS if n not in ("quantease", "bnb")])
+def test_a_scheme_with_outliers_is_refused_with_the_quantizer_that_takes_it(name):
+    weight, stats = make_layer()
+    with pytest.raises(ValueError, match=r"3b-g16-o5 has outliers.*quantease"):
+        QUANTIZERS[name](weight, stats, QuantScheme(3, 16, outliers=5))
 
 
 @every_case
@@ -344,6 +369,54 @@ def test_plain_rounding_errs_by_at_most_half_a_step_inside_the_range(bits):
     inside = (got.codes > 0) & (got.codes < scheme.max_code)
     error = (got.dequantize() - weight).abs() / got.scales.float()
     assert error[inside].max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_search_for_fine_zeros_is_almost_as_good_as_trying_every_grid(bits):
+    generator = torch.Generator().manual_seed(bits)
+    rows = torch.randn(30, 24, generator=generator)
+    rows[:10] += 0.8  # ends that differ
+    rows[10:15, 3] *= 5
+    importance = torch.rand(24, generator=generator)
+    scheme = QuantScheme(bits, 24, fine_zeros=True)
+
+    def errors(scales, zeros):
+        steps = (rows / scales + zeros).round().clamp(0, scheme.max_code)
+        return (((steps - zeros) * scales - rows).square() * importance).sum(1)
+
+    widest = (rows.amax(1, keepdim=True) - rows.amin(1, keepdim=True)) / scheme.max_code
+    tries = [
+        errors(widest * share, byte * scheme.zero_step)
+        for share in torch.linspace(0.25, 1.1, 80).tolist()
+        for byte in range(0, 256, 2)
+    ]
+    best = torch.stack(tries).amin(0)
+    grid = fit_grid(rows, scheme, importance)
+    ratios = errors(grid.scales, grid.zeros) / best
+    assert ratios.mean() < 1.02 and ratios.max() < 1.2
+    whole = fit_grid(rows, QuantScheme(bits, 24), importance)
+    assert (errors(whole.scales, whole.zeros) / best).mean() > 1.15
+
+
+@pytest.mark.parametrize("bits", [2, 5])
+def test_a_fitted_line_is_the_least_squares_one(bits):
+    generator = torch.Generator().manual_seed(0)
+    scheme = QuantScheme(bits, 16, fine_zeros=True)
+    codes = torch.randint(scheme.max_code + 1, (6, 16), generator=generator).float()
+    values = 0.3 * (codes - 1.3) + 0.05 * torch.randn(6, 16, generator=generator)
+    importance = torch.rand(6, 16, generator=generator)
+    importance[:, 14:] = 0
+    values[:, 14:] = 100.0  # not looked at
+    scale, zero = fit_line(values, codes, importance, torch.ones(6, 1), scheme)
+    for row in range(6):
+        root = importance[row].double().sqrt()[:, None]
+        unknowns = torch.stack([codes[row], torch.ones(16)], 1).double()
+        slope, offset = torch.linalg.lstsq(root * unknowns, root * values[row].double()[:, None])[0]
+        assert scale[row].item() == pytest.approx(slope.item(), rel=2**-11)
+        wanted = -offset / scale[row].item()
+        assert zero[row].item() == pytest.approx(wanted.item(), abs=0.51 * scheme.zero_step)
+    falling, _ = fit_line(-values, codes, importance, torch.full((6, 1), 0.5), scheme)
+    assert torch.equal(falling, torch.full((6, 1), 0.5))
 
 
 def test_the_grid_search_finds_what_trying_every_range_finds():

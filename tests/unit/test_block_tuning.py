@@ -12,9 +12,9 @@ import lwquant.block_tuning as block_tuning
 from lwquant.block_tuning import NOTHING_BETTER, RoundedLinear, block_loss, tune_block
 from lwquant.model.structure import as_linear, set_weight
 from lwquant.quantizers import rtn
-from lwquant.types import QuantizedWeight, QuantScheme
+from lwquant.types import Outliers, QuantizedWeight, QuantScheme
 
-SCHEMES = (QuantScheme(2, 8), QuantScheme(3, 8, symmetric=True))
+SCHEMES = (QuantScheme(2, 8, fine_zeros=True, outliers=50), QuantScheme(3, 8, symmetric=True))
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,13 @@ def weight_of(module):
 
 def rounded(module, scheme, quantizer=rtn):
     target = weight_of(module)
-    start = quantizer(target, None, scheme)
+    apart = torch.zeros_like(target)
+    if scheme.outliers:
+        outliers = Outliers.largest(target, scheme.n_outliers(*target.shape))
+        apart = outliers.added_to(apart)
+    start = quantizer(target - apart, None, scheme.without_outliers)
+    if scheme.outliers:
+        start = replace(start, scheme=scheme, outliers=outliers)
     set_weight(module, start.dequantize())
     return RoundedLinear(module, target, start)
 
@@ -90,8 +96,9 @@ def test_learning_begins_at_the_codes_of_the_start(problem):
         assert torch.equal(weight_of(linear.module), linear.start.dequantize())
         # A weight whose nearest code is its own begins where it lies.
         expand = torch.arange(linear.target.shape[1]) // linear.start.scheme.group_size
-        scales, zeros = linear.start.scales.float()[:, expand], linear.start.zeros[:, expand]
-        lies = linear.target / scales + zeros
+        scales, zeros = linear.start.scales.float()[:, expand], linear.start.zero_points[:, expand]
+        apart = linear.start.plus_outliers(torch.zeros_like(linear.target))
+        lies = (linear.target - apart) / scales + zeros
         near = (lies - linear.start.codes.float()).abs() < block_tuning.EDGE
         near &= (lies > 0) & (lies < linear.start.scheme.max_code)
         assert near.float().mean() > 0.5
@@ -114,6 +121,7 @@ def test_both_parts_come_closer_and_the_result_is_storable(problem):
         assert weight.codes.max() <= scheme.max_code
         assert weight.scales.dtype == torch.float16 and (weight.scales > 0).all()
         assert torch.equal(weight.zeros, linear.start.zeros) and not weight.notes
+        assert weight.outliers is linear.start.outliers
         assert torch.equal(weight_of(linear.module), weight.dequantize())
         assert not linear.module.weight.requires_grad
         changed += (weight.codes != linear.start.codes).sum().item()
@@ -166,9 +174,10 @@ def test_gradients_are_those_of_autograd_through_the_definition(problem):
         for column in range(code.shape[1]):
             group = column // start.scheme.group_size
             scale = start.scales[:, group].float() * shift[:, group].exp()
-            columns.append((code[:, column] - start.zeros[:, group].float()) * scale)
+            columns.append((code[:, column] - start.zero_points[:, group]) * scale)
         leaves[name] = (code, shift)
-        swapped[f"{name}.weight"] = as_linear(one.module, torch.stack(columns, 1))
+        weight = start.plus_outliers(torch.stack(columns, 1))
+        swapped[f"{name}.weight"] = as_linear(one.module, weight)
     output = torch.func.functional_call(block, swapped, (inputs,))
     error = (output - wanted).square().mean(-1) / wanted.square().mean(-1)
     error.mean().backward()

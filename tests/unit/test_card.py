@@ -35,7 +35,7 @@ RECORD = RunRecord(
     bpw=3.497,
     size_bytes=80_000_000,
     original_size_bytes=270_000_000,
-    linears={name: LinearRecord(bits, 64, False, 8, 0.5) for name, bits in BITS.items()},
+    linears={name: LinearRecord(bits, 64, False, 8, False, 0, 0.5) for name, bits in BITS.items()},
     notes=("damping raised | once",),
 )
 EVALUATION = EvaluationRecord(
@@ -79,6 +79,8 @@ def test_the_json_has_the_keys_of_the_contract():
         "group_size": 64,
         "symmetric": False,
         "scale_bits": 8,
+        "fine_zeros": False,
+        "outliers": 0,
         "cost": 0.5,
     }
     wanted = "lwquant base_model command seed calibration metric allocator quantizer correction"

@@ -1,5 +1,7 @@
 """Tuning scales by the model's KL: its gradient against autograd, and what it may change."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import random_model
@@ -12,11 +14,11 @@ from lwquant.finetune import tune_scales
 from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.quantizers import rtn
-from lwquant.types import QuantizedWeight, QuantScheme
+from lwquant.types import Outliers, QuantizedWeight, QuantScheme
 
 SCHEMES = (
     QuantScheme(2, 32),
-    QuantScheme(3, 32),
+    QuantScheme(3, 32, fine_zeros=True, outliers=20),
     QuantScheme(16),
     QuantScheme(4, 32, codebook="nf4"),
 )
@@ -31,8 +33,17 @@ def open_quantized(folder, flip):
         weight = model.get_submodule(spec.name).weight.detach()
         weight = weight.T if flip else weight
         scheme = SCHEMES[number % 4]
-        weights[spec.name] = weight.half() if scheme.is_float else rtn(weight, None, scheme)
+        weights[spec.name] = weight.half() if scheme.is_float else rounded(weight, scheme)
     return decoder, model, weights
+
+
+def rounded(weight, scheme):
+    plain = rtn(weight, None, scheme.without_outliers)
+    if not scheme.outliers:
+        return plain
+    missed = weight - plain.dequantize()
+    outliers = Outliers.largest(missed, scheme.n_outliers(*weight.shape))
+    return replace(plain, scheme=scheme, outliers=outliers)
 
 
 def kl_of(model, weights, tokens, scales=None):
@@ -44,10 +55,12 @@ def kl_of(model, weights, tokens, scales=None):
         if isinstance(kept, QuantizedWeight):
             expand = torch.arange(kept.codes.shape[1]) // kept.scheme.group_size
             own = kept.scales.float() if scales is None else scales[name]
-            steps = kept.codes.float() - kept.zeros.float()[:, expand]
+            steps = kept.codes.float() - kept.zero_points[:, expand]
             if kept.scheme.codebook:
                 steps = torch.tensor(CODEBOOKS[kept.scheme.codebook])[kept.codes.long()]
             weight = steps * own[:, expand]
+            if kept.outliers is not None:
+                weight = kept.outliers.added_to(weight)
         else:
             weight = kept.float()
         flip = isinstance(model.get_submodule(name), Conv1D)
@@ -92,6 +105,7 @@ def test_the_kl_falls_and_only_scales_of_quantized_linears_change(quantized):
         if isinstance(kept, QuantizedWeight):
             assert torch.equal(tuned[name].codes, kept.codes)
             assert torch.equal(tuned[name].zeros, kept.zeros)
+            assert tuned[name].outliers is kept.outliers
             assert tuned[name].scales.dtype == torch.float16
             assert not torch.equal(tuned[name].scales, kept.scales)
             assert (tuned[name].scales > 0).all()

@@ -35,7 +35,7 @@ RECORD = RunRecord(
     bpw=3.497,
     size_bytes=2000,
     original_size_bytes=8000,
-    linears={"layers.0.q_proj": LinearRecord(3, 64, False, 8, 0.5)},
+    linears={"layers.0.q_proj": LinearRecord(3, 64, False, 8, False, 0, 0.5)},
 )
 EVALUATION = EvaluationRecord("t.txt", 21.5, 6132, 3.497, 2000, 18.25, 0.12, 0.875)
 

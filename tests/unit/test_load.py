@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from lwquant.model.checkpoint import Checkpoint
 from lwquant.model.structure import block_linears, features_of, find_blocks, get_weight
 from lwquant.nn.linear import QuantizedLinear
 from lwquant.quantizers.grid import storable_scale
-from lwquant.types import LinearSpec, QuantizedWeight, QuantScheme, plan_bpw
+from lwquant.types import LinearSpec, Outliers, QuantizedWeight, QuantScheme, plan_bpw
 
 # 100 and 48 leave a shorter last group in most of the tiny models' linears.
 MENU = (
@@ -38,6 +38,9 @@ MENU = (
     QuantScheme(6, 16),
     QuantScheme(8, 4096),
     QuantScheme(4, 32, codebook="nf4"),
+    QuantScheme(3, 32, scale_bits=8),
+    QuantScheme(2, 48, fine_zeros=True),
+    QuantScheme(3, 48, outliers=20),
 )
 SHARD_BYTES = 40_000
 EIGHT = asdict(QuantScheme(8, 64))
@@ -67,14 +70,19 @@ def rounded(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
             zero = middle
         else:
             scale = storable_scale((high - low) / scheme.max_code, scheme)
-            zero = (-low / scale).round().clamp(0, scheme.max_code)
-        steps = (part / scale[:, None]).round() + zero[:, None]
+            zero = (-low / scale / scheme.zero_step).round().clamp(0, scheme.max_zero)
+            zero *= scheme.zero_step
+        steps = (part / scale[:, None] + zero[:, None]).round()
         codes.append((nearest if scheme.codebook else steps.clamp(0, scheme.max_code)).byte())
         scales.append(scale.half())
-        zeros.append(zero.byte())
-    return QuantizedWeight(
-        scheme, torch.cat(codes, 1), torch.stack(scales, 1), torch.stack(zeros, 1)
-    )
+        zeros.append((zero / scheme.zero_step).byte())
+    parts = torch.cat(codes, 1), torch.stack(scales, 1), torch.stack(zeros, 1)
+    on_grid = QuantizedWeight(scheme.without_outliers, *parts)
+    if not scheme.outliers:
+        return on_grid
+    missed = weight - on_grid.dequantize()
+    outliers = Outliers.largest(missed, scheme.n_outliers(*weight.shape))
+    return replace(on_grid, scheme=scheme, outliers=outliers)
 
 
 class Original:
@@ -435,6 +443,8 @@ def test_a_missing_norm_is_an_error_too(llama, tmp_path):
         ("scales", lambda t: t[:-1].contiguous()),
         ("scales", lambda t: t.float()),
         ("zeros", lambda t: t.T.contiguous()),
+        ("outlier_values", lambda t: t[:-1].contiguous()),
+        ("outlier_columns", lambda t: t.int()),
         ("qweight", lambda t: t.long()),
     ],
 )
@@ -447,6 +457,28 @@ def test_a_packed_tensor_of_another_shape_or_dtype_is_an_error_that_names_it(
     tensors[name] = change(tensors[name])
     save_as_one_file(folder, tensors)
     with pytest.raises(CheckpointError, match=f"'{name}' is .*the model needs"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "change", "message"),
+    [
+        ("outlier_columns", lambda t: torch.full_like(t, 30_000), "is in none of the"),
+        ("outlier_columns", lambda t: torch.full_like(t, -1), "is in none of the"),  # 65535
+        ("outlier_rows", lambda t: t.flip(0), "do not rise from 0"),
+        ("outlier_rows", lambda t: t + 1, "do not rise from 0"),
+        ("outlier_rows", lambda t: torch.cat([t[:1], t[2:3] + 9, t[2:]]), "do not rise from 0"),
+    ],
+)
+def test_outliers_outside_their_linear_are_refused_by_its_name(
+    leaf, change, message, llama, tmp_path
+):
+    folder = edited_copy(llama, tmp_path / "edited")
+    tensors = tensors_in(folder)
+    name = next(n for n in tensors if n.endswith(leaf))
+    tensors[name] = change(tensors[name])
+    save_as_one_file(folder, tensors)
+    with pytest.raises(CheckpointError, match=f"^{name.removesuffix('.' + leaf)}.*{message}"):
         from_pretrained(folder)
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from lwquant import ops
 from lwquant.errors import LwquantError
 from lwquant.ops.native import MAX_KERNEL_TOKENS
+from lwquant.ops.outliers import encode_columns
 from lwquant.ops.reference import dequantize_reference, linear_reference
 from lwquant.ops.scale_bytes import decode_scales
-from lwquant.types import WIDTHS
+from lwquant.types import WIDTHS, Outliers
 
 STEP = 1 / 32767
 TINIEST = 2.0**-100  # groups of smaller activations are resolved as if this were their largest
@@ -50,10 +51,15 @@ class Layer:
     bits: int
     group_size: int
     codes: Tensor  # (out, in)
-    zero_codes: Tensor  # (out, n_groups)
+    zero_bytes: Tensor  # (out, n_groups), as stored
     scales: Tensor
     symmetric: bool
     bias: Tensor | None
+    fine: bool
+
+    @property
+    def zero_points(self) -> Tensor:
+        return self.zero_bytes.float() * (2.0 ** (self.bits - 8) if self.fine else 1)
 
     @property
     def group(self) -> Tensor:
@@ -61,7 +67,9 @@ class Layer:
 
     @property
     def stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        zeros = None if self.symmetric else ops.pack(self.zero_codes.T.contiguous(), self.bits)
+        zeros = None if self.symmetric else self.zero_bytes.T.contiguous()
+        if zeros is not None and not self.fine:
+            zeros = ops.pack(zeros, self.bits)
         return ops.pack(self.codes, self.bits), self.scales, zeros
 
     def linear(self, x: Tensor) -> Tensor:
@@ -72,7 +80,7 @@ class Layer:
         x, group = x.double(), self.group
         n_groups = int(group[-1]) + 1
         codes = self.codes.double()
-        zeros = self.zero_codes.double()[:, group]
+        zeros = self.zero_points.double()[:, group]
         scales = self.scales.double()[:, group]
         exact = x @ ((codes - zeros) * scales).T
         if self.bias is not None:
@@ -92,21 +100,23 @@ def random_layer(
     group_size: int,
     *,
     symmetric: bool = False,
+    fine: bool = False,
     bias: bool = False,
     seed: int = 0,
 ) -> Layer:
     generator = torch.Generator().manual_seed(seed)
     n_groups = -(-in_features // group_size)
     shape = (out_features, n_groups)
-    zeros = torch.randint(0, 2**bits, shape, generator=generator).to(torch.uint8)
+    zeros = torch.randint(0, 256 if fine else 2**bits, shape, generator=generator).byte()
     return Layer(
         bits=bits,
         group_size=group_size,
         codes=torch.randint(0, 2**bits, (out_features, in_features), generator=generator).byte(),
-        zero_codes=torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros,
+        zero_bytes=torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros,
         scales=(torch.rand(shape, generator=generator) * 0.1 + 0.001).half(),
         symmetric=symmetric,
         bias=torch.randn(out_features, generator=generator) if bias else None,
+        fine=fine,
     )
 
 
@@ -129,14 +139,12 @@ def assert_within_bound(layer: Layer, x: Tensor, token_counts: tuple[int, ...] =
 SHAPES = [(33, 1000), (7, 65), (64, 576), (1, 1), (40, 256)]
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["zeros", "symmetric"])
+@pytest.mark.parametrize("zeros", [{}, {"fine": True}, {"symmetric": True}], ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, 96, 128, 256, 48, 7, 10_000])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_the_matmul_is_within_its_bound(isa, bits, group_size, symmetric):
+def test_the_matmul_is_within_its_bound(isa, bits, group_size, zeros):
     for out_features, in_features in SHAPES:
-        layer = random_layer(
-            out_features, in_features, bits, group_size, symmetric=symmetric, bias=True
-        )
+        layer = random_layer(out_features, in_features, bits, group_size, bias=True, **zeros)
         assert_within_bound(layer, random_inputs(7, in_features), token_counts=(1, 3))
 
 
@@ -158,7 +166,7 @@ def test_one_massive_activation_does_not_blur_the_other_groups(isa):
     layer = random_layer(16, 256, 8, 32)
     x = random_inputs(2, 256)
     x[:, 5] = 3e5  # the bound is per group, so it stays small wherever this weight is not read
-    layer.codes[:, 5] = layer.zero_codes[:, 0]
+    layer.codes[:, 5] = layer.zero_bytes[:, 0]
     assert_within_bound(layer, x)
     x[:, :32] = 0
     calm, _ = layer.oracle(x)
@@ -184,12 +192,13 @@ def test_infinite_and_nan_inputs_give_what_plain_torch_gives(isa):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_dequantizing_equals_plain_torch_bit_for_bit(isa, bits):
+@pytest.mark.parametrize("fine", [False, True])
+def test_dequantizing_equals_plain_torch_bit_for_bit(isa, bits, fine):
     for (out_features, in_features), group_size in zip(SHAPES, (64, 32, 48, 1, 7), strict=True):
-        layer = random_layer(out_features, in_features, bits, group_size)
+        layer = random_layer(out_features, in_features, bits, group_size, fine=fine)
         got = ops.dequantize(*layer.stored, bits, group_size, in_features)
         assert torch.equal(got, dequantize_reference(*layer.stored, bits, group_size, in_features))
-        steps = layer.codes.float() - layer.zero_codes.float()[:, layer.group]
+        steps = layer.codes.float() - layer.zero_points[:, layer.group]
         assert torch.equal(got, steps * layer.scales.float()[:, layer.group])
 
 
@@ -222,13 +231,76 @@ def test_scales_in_bytes_of_another_shape_are_refused():
         ops.dequantize(qweight, scales.view(torch.uint8)[:, :2], zeros, 4, 64, 128)
 
 
-def test_plain_torch_is_within_the_bound_too():
+@pytest.mark.parametrize("fine", [False, True])
+def test_plain_torch_is_within_the_bound_too(fine):
     for bits in WIDTHS:
-        layer = random_layer(33, 1000, bits, 48, bias=True)
+        layer = random_layer(33, 1000, bits, 48, bias=True, fine=fine)
         x = random_inputs(5, 1000)
         exact, error = layer.oracle(x)
         got = linear_reference(x, *layer.stored, layer.bias, bits, 48)
         assert ((got - exact).abs() <= error).all()
+
+
+def random_outliers(out_features: int, in_features: int, n: int) -> Outliers:
+    generator = torch.Generator().manual_seed(2)
+    return Outliers.largest(torch.randn(out_features, in_features, generator=generator), n)
+
+
+def stored(outliers: Outliers, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    return outliers.values, encode_columns(outliers.columns, in_features), outliers.rows
+
+
+@pytest.mark.parametrize("shape", [(33, 1000), (7, 65), (1, 1), (2, 2**16), (2, 2**16 + 4)])
+@pytest.mark.parametrize("group_size", [64, 48])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_outliers_are_added_to_the_weight(isa, shape, group_size, bits):
+    out_features, in_features = shape
+    layer = random_layer(*shape, bits, group_size, bias=True)
+    outliers = random_outliers(*shape, max(1, out_features * in_features // 50))
+    sparse = stored(outliers, in_features)
+    args = (*layer.stored, bits, group_size, in_features)
+    weight = ops.dequantize(*args, *sparse)
+    assert torch.equal(weight, dequantize_reference(*args, *sparse))
+    dense = outliers.added_to(torch.zeros(shape))
+    assert torch.equal(weight, ops.dequantize(*args) + dense)
+    x = random_inputs(MAX_KERNEL_TOKENS + 2, in_features)
+    exact, error = layer.oracle(x)
+    exact = exact + x.double() @ dense.double().T
+    error += (in_features / 8 + 64) * 2**-24 * (x.double().abs() @ dense.double().abs().T)
+    for n in (1, 3, len(x)):
+        got = ops.linear(x[:n], *layer.stored, layer.bias, bits, group_size, *sparse)
+        assert ((got.double() - exact[:n]).abs() <= error[:n]).all()
+
+
+def test_outliers_that_do_not_fit_are_refused(isa):
+    layer = random_layer(4, 96, 4, 32)
+    values, columns, rows = stored(random_outliers(4, 96, 9), 96)
+    x = random_inputs(2, 96)
+
+    def run(*sparse):
+        ops.dequantize(*layer.stored, 4, 32, 96, *sparse)
+        ops.linear(x, *layer.stored, None, 4, 32, *sparse)
+
+    run(values, columns, rows)
+    for sparse, message in (
+        ((values, columns), "all three or none"),
+        ((values.float(), columns, rows), "outlier_values is torch.float32"),
+        ((values, columns.int(), rows), "outlier_columns is torch.int32, expected torch.int16"),
+        ((values, columns[1:], rows), r"outlier_columns has shape \(8,\), expected \(9,\)"),
+        ((values, columns, rows[1:]), r"outlier_rows has shape \(4,\), expected \(5,\)"),
+    ):
+        with pytest.raises(LwquantError, match=message):
+            run(*sparse)
+    # What a lying file can say: never read beyond the layer.
+    for sparse in (
+        (values, columns + 96, rows),
+        (values, -columns - 1, rows),
+        (values, columns, rows + 1),
+        (values, columns, rows.flip(0)),
+        (values, columns, torch.tensor([0, 12, 3, 4, 9], dtype=torch.int32)),
+    ):
+        with pytest.raises(ValueError, match="outliers"):
+            run(*sparse)
 
 
 def test_a_batch_cut_differently_gives_the_same_rows(isa):
@@ -285,6 +357,7 @@ GOOD = {
         ("scales", torch.zeros(8, 3).half(), r"scales has shape \(8, 3\), expected \(8, 4\)"),
         ("zeros", torch.zeros(1, 4, dtype=torch.int32), r"zeros has shape \(1, 4\), expected"),
         ("zeros", torch.zeros(4, 1), "zeros is torch.float32, expected torch.int32"),
+        ("zeros", torch.zeros(4, 7).byte(), r"zeros has shape \(4, 7\), expected \(4, 8\)"),
         ("bias", torch.zeros(7), r"bias must be \(8,\)"),
         ("bits", 1, "bits=1 is not one of"),
         ("group_size", 0, "group_size=0 must be at least 1"),

@@ -10,11 +10,14 @@ from lwquant.ops import rounding
 from lwquant.ops.native import fit_groups_native, round_block_native
 from lwquant.ops.rounding import BLOCK_COLUMNS, round_block_torch, round_columns
 from lwquant.quantizers.grid import (
+    END_SHRINKS,
+    HALVINGS,
     SHRINKS,
     _fit_slices,
     fit_grid,
     scale_mantissa,
     storable_scale,
+    storable_zero,
 )
 from lwquant.types import QuantScheme
 
@@ -87,19 +90,18 @@ def test_other_dtypes_go_through_torch(isa, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("zeros", ["whole", "fine", "none"])
 @pytest.mark.parametrize("size", [64, 37, 5])
 @pytest.mark.parametrize("scale_bits", [8, 16])
-def test_the_compiled_range_search_finds_grids_as_good_as_torch(
-    isa, bits, symmetric, size, scale_bits
-):
+def test_the_compiled_range_search_finds_grids_as_good_as_torch(isa, bits, zeros, size, scale_bits):
     generator = torch.Generator().manual_seed(bits)
     rows = torch.randn(3 * 40, size, generator=generator)
     rows[0] = 0
     rows[1] = rows[1].abs()  # zero is below the range
     rows[2] *= 1e-9  # scales below float16's smallest
     importance = torch.rand(3, size, generator=generator)
-    scheme = QuantScheme(bits, size, symmetric, scale_bits)
+    symmetric = zeros == "none"
+    scheme = QuantScheme(bits, size, symmetric, scale_bits, zeros == "fine")
     mantissa = scale_mantissa(scheme)
 
     def errors(scales, zeros):
@@ -107,9 +109,11 @@ def test_the_compiled_range_search_finds_grids_as_good_as_torch(
         missed = (steps - zeros[:, None]) * scales[:, None] - rows
         return (missed.square() * importance.repeat(40, 1)).sum(1)
 
-    got = fit_groups_native(rows, importance, SHRINKS, bits, symmetric, mantissa)
+    shrinks, halvings = (END_SHRINKS, HALVINGS) if scheme.fine_zeros else (SHRINKS, None)
+    got = fit_groups_native(rows, importance, shrinks, bits, symmetric, mantissa, halvings)
     wanted = _fit_slices(rows, importance, scheme, True)
     assert torch.equal(got[0], storable_scale(got[0], scheme))
+    assert torch.equal(got[1], storable_zero(got[1], scheme))
     torch.testing.assert_close(errors(*got), errors(*wanted), rtol=1e-4, atol=1e-12)
     # A different candidate may win by the last digit of its error, nothing else may differ.
     same = (got[0] == wanted[0]) & (got[1] == wanted[1])
@@ -135,5 +139,9 @@ def test_impossible_sizes_are_refused():
         fit_groups_native(torch.ones(3, 8), torch.ones(2, 8), SHRINKS, 3, False, 10)
     with pytest.raises(ValueError, match="mantissa"):
         fit_groups_native(torch.ones(4, 8), torch.ones(2, 8), SHRINKS, 3, False, 11)
+    with pytest.raises(ValueError, match="symmetric group has no zero"):
+        fit_groups_native(torch.ones(4, 8), torch.ones(2, 8), SHRINKS, 3, True, 10, 2)
+    with pytest.raises(ValueError, match="too few ends"):
+        fit_groups_native(torch.ones(4, 8), torch.ones(2, 8), [1.0], 3, False, 10, 2)
     with pytest.raises(ValueError, match="importance"):
         fit_groups_native(torch.ones(4, 8), torch.ones(2, 7), SHRINKS, 3, False, 10)

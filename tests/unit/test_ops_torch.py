@@ -166,6 +166,15 @@ def test_no_kernel_reads_beyond_the_end_of_a_tensor():
                         x = guarded(torch.ones(2, inputs))
                         y = ops.linear(x, packed, scales, zeros, None, bits, group)
                         assert y.abs().max() < 1e-3  # code - zero is 0 everywhere
+                        one = torch.full((groups, 3), 2 ** (8 - bits), dtype=torch.uint8)
+                        fine = ops.linear(x, packed, scales, guarded(one), None, bits, group)
+                        assert torch.equal(fine, y)
+                        last = torch.full((3,), inputs - 1, dtype=torch.int16)
+                        starts = torch.arange(4, dtype=torch.int32)
+                        sparse = (torch.ones(3).half(), last, starts)
+                        added = ops.linear(x, packed, scales, zeros, None, bits, group,
+                                           *map(guarded, sparse))
+                        assert torch.equal(added, y + 1)
                         assert torch.equal(ops.unpack(packed, bits, inputs), codes)
         print("survived", flush=True)
         import os; os._exit(0)  # the maps are still exported: do not tear them down

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lwquant.codebooks import CODEBOOKS
 from lwquant.nn.linear import QuantizedLinear, stored_scales
 from lwquant.quantizers.grid import in_window, storable_scale
-from lwquant.types import QuantizedWeight, QuantScheme
+from lwquant.types import Outliers, QuantizedWeight, QuantScheme
 
 SCHEMES = [
     QuantScheme(2, 32),
@@ -22,19 +22,27 @@ SCHEMES = [
     QuantScheme(3, 64, scale_bits=8),
     QuantScheme(4, 64, codebook="nf4"),
     QuantScheme(4, 32, scale_bits=8, codebook="fp4"),
+    QuantScheme(3, 64, scale_bits=8, fine_zeros=True),
+    QuantScheme(4, 32, outliers=20),
 ]
 by_label = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
 
 
 def random_weight(scheme: QuantScheme, out_features: int = 24, in_features: int = 100):
     shape = (out_features, scheme.n_groups(in_features))
-    zeros = torch.randint(0, 2**scheme.bits, shape, dtype=torch.uint8)
+    zeros = torch.randint(0, scheme.max_zero + 1, shape, dtype=torch.uint8)
     return QuantizedWeight(
         scheme=scheme,
         codes=torch.randint(0, 2**scheme.bits, (out_features, in_features), dtype=torch.uint8),
         scales=in_window(storable_scale(torch.rand(shape) * 0.1 + 1e-6, scheme), scheme).half(),
         zeros=torch.full_like(zeros, 2 ** (scheme.bits - 1)) if scheme.symmetric else zeros,
+        outliers=random_outliers(scheme, out_features, in_features) if scheme.outliers else None,
     )
+
+
+def random_outliers(scheme: QuantScheme, out_features: int, in_features: int) -> Outliers:
+    n = scheme.n_outliers(out_features, in_features)
+    return Outliers.largest(torch.randn(out_features, in_features), n)
 
 
 def assert_same_state(one: nn.Module, other: nn.Module) -> None:
@@ -62,6 +70,8 @@ def test_an_empty_layer_has_the_tensors_that_a_state_dict_fills(scheme):
     full = QuantizedLinear.from_weight(random_weight(scheme), torch.randn(24))
     empty = QuantizedLinear(100, 24, scheme, bias=True)
     names = {"qweight", "scales", "bias"} | (set() if scheme.symmetric else {"zeros"})
+    if scheme.outliers:
+        names |= {"outlier_values", "outlier_columns", "outlier_rows"}
     assert set(empty.state_dict()) == names
     empty.load_state_dict(full.state_dict())
     assert_same_state(empty, full)
@@ -99,14 +109,16 @@ def test_codes_of_a_codebook_stand_for_its_values_times_the_scale_of_their_group
     ],
 )
 @pytest.mark.parametrize("scale_bits", [8, 16])
-def test_changing_the_dtype_of_a_model_leaves_the_scales_as_stored(move, scale_bits):
-    quantized = random_weight(QuantScheme(3, 64, scale_bits=scale_bits))
+def test_changing_the_dtype_of_a_model_leaves_scales_and_outliers_as_stored(move, scale_bits):
+    quantized = random_weight(QuantScheme(3, 64, scale_bits=scale_bits, outliers=20))
     model = nn.Sequential(QuantizedLinear.from_weight(quantized, torch.randn(24)))
     expected = move(nn.Linear(1, 1)).weight.dtype
     move(model)
     layer = model[0]
     stored = stored_scales(quantized)
     assert layer.scales.dtype == stored.dtype and torch.equal(layer.scales, stored)
+    assert torch.equal(layer.outlier_values, quantized.outliers.values)
+    assert layer.outlier_values.dtype == torch.float16
     assert torch.equal(layer.dequantize(), quantized.dequantize())
     assert layer.bias.dtype == expected
 
@@ -134,7 +146,7 @@ def test_copies_and_saved_files_hold_the_same_tensors(scheme):
     assert torch.equal(loaded(x), layer(x))
 
 
-@pytest.mark.parametrize("scheme", [SCHEMES[1], SCHEMES[6]], ids=lambda s: s.label)
+@pytest.mark.parametrize("scheme", [SCHEMES[1], SCHEMES[6], SCHEMES[-1]], ids=lambda s: s.label)
 def test_compiled_in_one_graph_it_gives_the_same_result(scheme):
     layer = QuantizedLinear.from_weight(random_weight(scheme), torch.randn(24))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -143,12 +155,13 @@ def test_compiled_in_one_graph_it_gives_the_same_result(scheme):
         assert torch.equal(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("scheme", [SCHEMES[2], SCHEMES[6]], ids=lambda s: s.label)
+@pytest.mark.parametrize("scheme", [SCHEMES[2], SCHEMES[6], SCHEMES[-1]], ids=lambda s: s.label)
 def test_gradients_pass_through_to_earlier_layers(scheme):
-    layer = QuantizedLinear.from_weight(random_weight(scheme), torch.randn(24))
+    quantized = random_weight(scheme)
+    layer = QuantizedLinear.from_weight(quantized, torch.randn(24))
     x = torch.randn(2, 100, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).sum(), x)
-    torch.testing.assert_close(grad, layer.dequantize().sum(0).expand(2, -1))
+    torch.testing.assert_close(grad, quantized.dequantize().sum(0).expand(2, -1))
 
 
 def test_the_stored_bytes_are_those_the_scheme_promises():
@@ -177,11 +190,17 @@ def wrong_zeros() -> QuantizedWeight:
         (lambda: QuantizedLinear(0, 8, QuantScheme(4), bias=False), "0 inputs, 8 outputs is empty"),
         (lambda: QuantizedLinear.from_weight(wrong_zeros(), None), "not every zero is 8"),
         (lambda: load_scales(torch.zeros(8, 1)), "scales is torch.float32, expected torch.float16"),
+        (lambda: load_values(torch.zeros(16)), "outlier_values is torch.float32, expected"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def load_values(values: Tensor) -> None:
+    layer = QuantizedLinear.from_weight(random_weight(SCHEMES[-1]), None)
+    layer.load_state_dict(layer.state_dict() | {"outlier_values": values})
 
 
 def load_scales(scales: Tensor) -> None:

@@ -26,6 +26,27 @@ def test_a_file_sets_what_it_names_and_keeps_the_rest(tmp_path):
     assert [s.label for s in recipe.changed(scale_bits=16).schemes()] == ["3b-g64", "4b-g64"]
 
 
+def test_fine_zeros_reach_the_menu_and_the_pins():
+    recipe = Recipe(bits=(2, 16), group_size=32, fine_zeros=True)
+    assert [s.label for s in recipe.schemes()] == ["2b-g32-s8-z8", "16b"]
+    assert recipe.scheme(3).label == "3b-g32-s8-z8"
+    with pytest.raises(LwquantError, match="a symmetric scheme stores no zeros"):
+        Recipe(symmetric=True, fine_zeros=True)
+
+
+def test_outliers_need_the_quantizer_that_looks_for_them():
+    recipe = Recipe(bits=(2, 16), quantizer="quantease", outliers=5)
+    assert [s.label for s in recipe.schemes()] == ["2b-g64-s8-o5", "16b"]
+    assert recipe.scheme(3).label == "3b-g64-s8-o5"
+    Recipe(quantizer={"name": "quantease", "sweeps": 8}, outliers=5)
+    Recipe(quantizer=lambda weight, stats, scheme: None, outliers=5)  # it may know how
+    for other in ("gptq", {"name": "hqq", "rounds": 3}, rtn):
+        with pytest.raises(LwquantError, match="has outliers, which only the quantizer quantease"):
+            Recipe(quantizer=other, outliers=5)
+    with pytest.raises(LwquantError, match="outliers=101 per thousand"):
+        Recipe(quantizer="quantease", outliers=101)
+
+
 def test_more_group_sizes_make_a_finer_menu_whose_steps_only_grow(tmp_path):
     path = tmp_path / "fine.toml"
     path.write_text("bits = [3, 2, 16]\nmore_group_sizes = [128, 32]\n")
