@@ -32,7 +32,8 @@ SHARED = HERE.parent.parent / "shared"
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "scales in 16 bits": {"scale_bits": 16},
-    "fine zeros": {"fine_zeros": True},
+    "fine zeros at 2 bits": {"fine_zeros": (2,)},
+    "fine zeros at 2 and 3 bits": {"fine_zeros": (2, 3)},
     "uniform plan": {"allocator": "uniform"},
     "costs by output error": {"metric": "output_error"},
     "no propagation": {"correction": "none"},

@@ -20,7 +20,7 @@ from lwquant.quantizers import QUANTIZERS, Quantizer, bnb, refuse_scheme, withou
 from lwquant.quantizers.bnb import require_bitsandbytes
 from lwquant.sensitivity import METRICS
 from lwquant.transforms import TRANSFORMS
-from lwquant.types import FLOAT_BITS, WHOLE_ROW, QuantScheme, Records
+from lwquant.types import FLOAT_BITS, WHOLE_ROW, WIDTHS, QuantScheme, Records
 
 UNCLIPPING = (QUANTIZERS["gptq"], QUANTIZERS["quantease"])  # can spare rows the range search
 
@@ -57,7 +57,7 @@ class Recipe:
     unclipped_qk: float = 0.0  # share of q and k rows with full range; see massive_channels.py
     codebook: str = ""  # nf4 or fp4: the values of 4-bit codes, in place of even steps
     row_bits: tuple[int, ...] = ()  # widths with one scale per row and no zeros; 8 is LLM.int8
-    fine_zeros: bool = False  # a byte per zero, finer than the codes
+    fine_zeros: tuple[int, ...] = ()  # widths whose zeros, if any, take a byte, finer than codes
     outliers: int = 0  # per thousand weights with a 16-bit float apart; quantizer "quantease" only
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
     polish: int = 0  # steps of learned rounding per block; see block_tuning.py
@@ -94,6 +94,8 @@ class Recipe:
             raise LwquantError(
                 f"row_bits={self.row_bits} are not all quantized widths of {self.bits}"
             )
+        if not set(self.fine_zeros) <= set(WIDTHS):
+            raise LwquantError(f"fine_zeros={self.fine_zeros} are not all widths of {WIDTHS}")
         if self.max_decode_us is not None:
             if not self.max_decode_us > 0:
                 raise LwquantError(f"max_decode_us={self.max_decode_us} must be above 0")
@@ -130,7 +132,7 @@ class Recipe:
             self.symmetric,
             self.scale_bits,
             codebook=codebook,
-            fine_zeros=self.fine_zeros and not codebook,
+            fine_zeros=bits in self.fine_zeros and not (self.symmetric or codebook),
             outliers=self.outliers,
         )
 
@@ -228,7 +230,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     if unknown:
         raise LwquantError(f"recipe {where}: unknown setting {unknown[0]!r}")
     try:
-        for name in ("sources", "bits", "more_group_sizes", "row_bits"):
+        for name in ("sources", "bits", "more_group_sizes", "row_bits", "fine_zeros"):
             if name in settings:
                 settings[name] = tuple(settings[name])
         recipe = Recipe(**settings)

@@ -161,7 +161,9 @@ def test_a_linear_that_no_scheme_describes_is_refused_by_its_name(entry, message
 def test_tensors_have_the_stated_layout_and_exactly_the_stored_bits(
     bits, zeros, scale_bits, outliers
 ):
-    scheme = QuantScheme(bits, 48, zeros == "none", scale_bits, zeros == "fine", outliers)
+    scheme = QuantScheme(
+        bits, 48, zeros == "none", scale_bits, fine_zeros=zeros == "fine", outliers=outliers
+    )
     tensors = dict(tensors_of("up", random_weight(scheme, 33, 100)))
     layout = layout_of("up", 33, 100, scheme)
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == layout

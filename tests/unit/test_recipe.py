@@ -26,12 +26,17 @@ def test_a_file_sets_what_it_names_and_keeps_the_rest(tmp_path):
     assert [s.label for s in recipe.changed(scale_bits=16).schemes()] == ["3b-g64", "4b-g64"]
 
 
-def test_fine_zeros_reach_the_menu_and_the_pins():
-    recipe = Recipe(bits=(2, 16), group_size=32, fine_zeros=True)
-    assert [s.label for s in recipe.schemes()] == ["2b-g32-s8-z8", "16b"]
-    assert recipe.scheme(3).label == "3b-g32-s8-z8"
-    with pytest.raises(LwquantError, match="a symmetric scheme stores no zeros"):
-        Recipe(symmetric=True, fine_zeros=True)
+def test_fine_zeros_reach_the_menu_and_the_pins_where_there_are_zeros():
+    recipe = Recipe(bits=(2, 3, 16), group_size=32, fine_zeros=(2,))
+    two, three = QuantScheme(2, 32, scale_bits=8, fine_zeros=True), QuantScheme(3, 32, scale_bits=8)
+    assert recipe.schemes() == (two, three, QuantScheme(16))
+    assert recipe.scheme(2) == two and recipe.scheme(3) == three
+    recipe = Recipe(bits=(4,), symmetric=True, fine_zeros=(4,))
+    assert recipe.schemes() == (QuantScheme(4, symmetric=True, scale_bits=8),)
+    recipe = Recipe(bits=(4,), quantizer="gptq", codebook="nf4", fine_zeros=(4,))
+    assert not recipe.scheme(4).fine_zeros
+    with pytest.raises(LwquantError, match=r"fine_zeros=\(2, 9\) are not all widths"):
+        Recipe(fine_zeros=(2, 9))
 
 
 def test_outliers_need_the_quantizer_that_looks_for_them():
