@@ -32,7 +32,7 @@ SHARED = HERE.parent.parent / "shared"
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "scales in 16 bits": {"scale_bits": 16},
-    "fine zeros at 2 bits": {"fine_zeros": (2,)},
+    "whole zeros": {"fine_zeros": ()},
     "fine zeros at 2 and 3 bits": {"fine_zeros": (2, 3)},
     "uniform plan": {"allocator": "uniform"},
     "costs by output error": {"metric": "output_error"},

@@ -112,7 +112,7 @@ def run(name: str) -> Row:
         sources=(str(DATA / "c4.utf8"), str(DATA / "wiki.utf8")), group_size=GROUP, held_out=2
     )
     if section not in ("preset", "tuned"):
-        recipe = recipe.changed(scale_bits=16)
+        recipe = recipe.changed(scale_bits=16, fine_zeros=())
     with fast_float32():
         opened = open_model(fetch(WORK))
         if section == "tuned":

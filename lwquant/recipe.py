@@ -57,7 +57,7 @@ class Recipe:
     unclipped_qk: float = 0.0  # share of q and k rows with full range; see massive_channels.py
     codebook: str = ""  # nf4 or fp4: the values of 4-bit codes, in place of even steps
     row_bits: tuple[int, ...] = ()  # widths with one scale per row and no zeros; 8 is LLM.int8
-    fine_zeros: tuple[int, ...] = ()  # widths whose zeros, if any, take a byte, finer than codes
+    fine_zeros: tuple[int, ...] = (2,)  # widths whose zeros, if any, take a byte, finer than codes
     outliers: int = 0  # per thousand weights with a 16-bit float apart; quantizer "quantease" only
     tie_fused: bool = False  # q/k/v and gate/up share a scheme, as vLLM and SGLang need
     polish: int = 0  # steps of learned rounding per block; see block_tuning.py

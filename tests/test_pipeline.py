@@ -128,7 +128,9 @@ def test_tuned_scales_are_saved_noted_and_bring_the_model_closer(
 ):
     from lwquant.prepare import open_model, prepare_tokens
 
-    recipe = replace(SMALL, sources=(calibration,), bits=(2, 3), allocator="uniform", tune=48)
+    settings = {"bits": (2, 3), "allocator": "uniform", "quantizer": "gptq", "tune": 48}
+    settings["fine_zeros"] = ()
+    recipe = replace(SMALL, sources=(calibration,), **settings)
     tuned = quantized(tiny_folder, tmp_path / "out", calibration, bpw=2.8, recipe=recipe)
     assert "scales tuned together on 48 further windows" in inspect_notes(tuned.folder)
     opened = open_model(tiny_folder)
@@ -159,7 +161,13 @@ def test_learned_rounding_is_saved_noted_and_brings_the_model_closer(
     from lwquant.prepare import open_model, prepare_tokens
 
     recipe = replace(
-        SMALL, sources=(calibration,), bits=(3, 4), allocator="uniform", n_samples=24, polish=60
+        SMALL,
+        sources=(calibration,),
+        bits=(3, 4),
+        allocator="uniform",
+        quantizer="gptq",
+        n_samples=24,
+        polish=60,
     )
     learned = quantized(tiny_folder, tmp_path / "out", calibration, bpw=3.6, recipe=recipe)
     assert "rounding learned block by block, 60 steps each" in inspect_notes(learned.folder)

@@ -79,6 +79,7 @@ def test_the_json_has_the_keys_of_the_contract():
         "group_size": 64,
         "symmetric": False,
         "scale_bits": 8,
+        "codebook": "",
         "fine_zeros": False,
         "outliers": 0,
         "cost": 0.5,

@@ -52,7 +52,7 @@ def test_what_a_table_lacks_is_named_with_what_measures_it(table):
     linears = tuple(LinearSpec(str(n), 0, n, 96, 0) for n in (96, 64, 40, 64))
     with pytest.raises(PlanError, match=r"40x96,64x96; measure them: .* --shapes 40x96,64x96 "):
         read.of(linears, SCHEMES)
-    with pytest.raises(PlanError, match=r"96x96 in 3b-g64, 7b-g32-s8: .*2b-g32-s8, 3b-g32-s8"):
+    with pytest.raises(PlanError, match=r"96x96 in 3b-g64, 7b-g32-s8: .*2b-g32-s8-z8, 3b-g32-s8"):
         read.of(linears[:1], (SCHEMES[0], QuantScheme(3), QuantScheme(7, 32, scale_bits=8)))
     assert (Path(__file__).parents[2] / BENCHMARK).exists()
 

@@ -23,6 +23,7 @@ from lwquant.streams import Streams
 from lwquant.types import BitPlan, QuantizedWeight, QuantScheme, join_rows
 
 SCHEME = QuantScheme(3, 32)
+EVEN_STEPS = {name: one for name, one in QUANTIZERS.items() if name != "bnb"}
 N, SEQ_LEN, GROUPS = 3, 24, 3
 TOKENS = torch.randint(512, (N + 1, SEQ_LEN), generator=torch.Generator().manual_seed(5))
 
@@ -185,7 +186,7 @@ def test_equal_gradients_change_nothing(decoder, n_groups, correction):
 
 
 @pytest.mark.parametrize("correction", [None, *CORRECTIONS.values()], ids=["none", *CORRECTIONS])
-@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+@pytest.mark.parametrize("quantizer", EVEN_STEPS.values(), ids=EVEN_STEPS)
 @pytest.mark.parametrize("n_groups", [1, GROUPS])
 def test_every_quantizer_and_correction_rounds_each_group_of_rows_by_itself(
     decoder, quantizer, correction, n_groups
@@ -213,7 +214,7 @@ def test_every_quantizer_and_correction_rounds_each_group_of_rows_by_itself(
 
 
 def test_a_recipe_weighs_the_calibration_windows_alone(decoder):
-    recipe = Recipe(guided=2, correction="none", scale_bits=16, group_size=32)
+    recipe = Recipe(guided=2, quantizer="gptq", correction="none", scale_bits=16, group_size=32)
     schemes = {spec.name: SCHEME for spec in decoder.linears}
     plan = BitPlan(schemes, 3.5)
     streams = Streams.start(decoder, TOKENS, n_calibration=N)

@@ -100,7 +100,7 @@ def test_it_is_switched_on_by_the_recipe_and_noted(tiny_folder, heldout_text, tm
 def test_what_cannot_be_spared_is_refused(tmp_path):
     recipe = Recipe(unclipped_qk=0.02)
     assert recipe.rounding().unclipped_qk == 0.02
-    assert replace(recipe, correction="gptaq").rounding().quantizer.func is gptq
+    assert replace(recipe, quantizer="gptq", correction="gptaq").rounding().quantizer.func is gptq
     assert replace(recipe, quantizer={"name": "quantease", "sweeps": 2}).rounding()
     for quantizer in ("rtn", "hqq", lambda weight, stats, scheme: None):
         with pytest.raises(LwquantError, match="unclipped_qk=0.02 needs quantizer 'gptq' or"):

@@ -101,7 +101,7 @@ def test_the_compiled_range_search_finds_grids_as_good_as_torch(isa, bits, zeros
     rows[2] *= 1e-9  # scales below float16's smallest
     importance = torch.rand(3, size, generator=generator)
     symmetric = zeros == "none"
-    scheme = QuantScheme(bits, size, symmetric, scale_bits, zeros == "fine")
+    scheme = QuantScheme(bits, size, symmetric, scale_bits, fine_zeros=zeros == "fine")
     mantissa = scale_mantissa(scheme)
 
     def errors(scales, zeros):

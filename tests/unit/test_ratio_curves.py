@@ -89,7 +89,7 @@ def test_the_curves_start_and_end_together_and_are_written(tiny_folder, tmp_path
     assert labels == ["whole blocks", "single linears"]
     assert len(list((tmp_path / "out").glob("plan-*.json"))) == 6
     report = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
-    assert report["schemes"] == ["2b-g32-s8", "4b-g32-s8"]
+    assert report["schemes"] == ["2b-g32-s8-z8", "4b-g32-s8"]
 
 
 @pytest.mark.parametrize(

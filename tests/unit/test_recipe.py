@@ -42,7 +42,7 @@ def test_fine_zeros_reach_the_menu_and_the_pins_where_there_are_zeros():
 
 def test_outliers_need_the_quantizer_that_looks_for_them():
     recipe = Recipe(bits=(2, 16), quantizer="quantease", outliers=5)
-    assert [s.label for s in recipe.schemes()] == ["2b-g64-s8-o5", "16b"]
+    assert [s.label for s in recipe.schemes()] == ["2b-g64-s8-z8-o5", "16b"]
     assert recipe.scheme(3).label == "3b-g64-s8-o5"
     Recipe(quantizer={"name": "quantease", "sweeps": 8}, outliers=5)
     Recipe(quantizer=lambda weight, stats, scheme: None, outliers=5)  # it may know how
@@ -59,7 +59,8 @@ def test_more_group_sizes_make_a_finer_menu_whose_steps_only_grow(tmp_path):
     recipe = load_recipe(path)
     labels = [scheme.label for scheme in recipe.schemes()]
     widths = ["2b-g128", "2b-g64", "2b-g32", "3b-g128", "3b-g64", "3b-g32"]
-    assert labels == [*(f"{label}-s8" for label in widths), "16b"]
+    fine = {"2": "-z8", "3": ""}
+    assert labels == [*(f"{label}-s8{fine[label[0]]}" for label in widths), "16b"]
     sizes = [scheme.stored_bits(256, 256) for scheme in recipe.schemes()]
     assert sizes == sorted(sizes)
     assert recipe.scheme(3).group_size == 64  # what a pin to 3 bits means
