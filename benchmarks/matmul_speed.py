@@ -5,7 +5,7 @@ and each call takes the next of a pool of weights larger than the L3 cache, as a
 Compare only inside one table.
 
     python benchmarks/matmul_speed.py [--tokens 1,8,512] [--threads N] [--isa NAME] [--json FILE]
-    python benchmarks/matmul_speed.py --tokens 1 --scale-bits 8 --shapes 576x576 --write FILE
+    python benchmarks/matmul_speed.py --tokens 1 --shapes 576x576 --write FILE
 
 The second makes a table of decode times for `lwquant quantize --decode-times FILE`.
 """
@@ -33,6 +33,7 @@ from lwquant import ops
 from lwquant.decode_times import Shape, parse_shape, shape_label, write_decode_times
 from lwquant.ops.scale_bytes import encode_scales
 from lwquant.quantizers.grid import storable_scale
+from lwquant.recipe import Recipe
 from lwquant.types import SCALE_BITS, WIDTHS, QuantScheme, row_words
 
 SHAPES = ((4096, 4096), (576, 1536))  # (out_features, in_features)
@@ -91,14 +92,12 @@ def packed_candidate(out_features: int, in_features: int, scheme: QuantScheme) -
         drawn = storable_scale(torch.rand(out_features, n_groups) + 0.5, scheme).half()
         return encode_scales(drawn) if scheme.scale_bits == 8 else drawn
 
-    layers = [
-        (
-            words(out_features, code_words),
-            scales(),
-            words(n_groups, zero_words),
-        )
-        for _ in range(pool_size(size))
-    ]
+    def zeros() -> Tensor:
+        if scheme.fine_zeros:
+            return torch.randint(256, (n_groups, out_features), dtype=torch.uint8)
+        return words(n_groups, zero_words)
+
+    layers = [(words(out_features, code_words), scales(), zeros()) for _ in range(pool_size(size))]
     calls: list[Call] = [
         lambda x, layer=layer: ops.linear(x, *layer, None, bits, group_size)  # type: ignore[misc]
         for layer in layers
@@ -198,7 +197,7 @@ def main() -> None:
     shapes = ",".join(shape_label(shape) for shape in SHAPES)
     parser.add_argument("--shapes", default=shapes, help="outputs x inputs, comma-separated")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--scale-bits", type=int, default=16, choices=SCALE_BITS)
+    parser.add_argument("--scale-bits", type=int, default=8, choices=SCALE_BITS)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--isa", default=ops.isa(), help=f"one of {ops.available_isas()}")
@@ -213,9 +212,9 @@ def main() -> None:
     ops.set_isa(arguments.isa)
     about = machine()
     print("  ".join(f"{key}={value}" for key, value in about.items()))
-    schemes = [
-        QuantScheme(bits, arguments.group_size, scale_bits=arguments.scale_bits) for bits in WIDTHS
-    ]
+    # The zeros are those of the default menu.
+    menu = Recipe(bits=WIDTHS, group_size=arguments.group_size, scale_bits=arguments.scale_bits)
+    schemes = menu.schemes()
     wanted = [parse_shape(label) for label in arguments.shapes.split(",")]
     rows = measure(wanted, tokens, schemes, arguments.rounds)
     print_table(rows)

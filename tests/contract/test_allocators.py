@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import best_plan
 
-from lwquant.allocators import ALLOCATORS, exact, ranked, spikes, uniform
+from lwquant.allocators import ALLOCATORS, exact, knapsack_table, ranked, spikes, uniform
 from lwquant.allocators.exact import _repair, check_time
 from lwquant.allocators.plan import make_plan
 from lwquant.allocators.problem import fused_groups, pin, problem_of, tie
@@ -199,6 +199,30 @@ def test_exact_finds_what_brute_force_finds(seed, bpw):
     choice = exact(problem, budget)
     wanted = best_plan(torch.tensor(problem.costs), torch.tensor(problem.sizes), budget)
     assert problem.cost_of(choice) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bpw", [2.8, 3.3, 4.1])
+def test_table_and_solver_find_plans_of_the_same_cost(seed, bpw, monkeypatch):
+    problem = problem_of(make_report(n_blocks=10, seed=seed))
+    budget = int(bpw * problem.n_weights)
+    by_table = exact(problem, budget)
+    monkeypatch.setattr(knapsack_table, "MOST_CELLS", 0)
+    by_solver = exact(problem, budget)
+    assert problem.cost_of(by_table) == pytest.approx(problem.cost_of(by_solver), rel=1e-5)
+    assert problem.size_of(by_table) <= budget
+
+
+def test_equal_costs_take_no_time():
+    report = make_report(n_blocks=8)
+    generator = np.random.default_rng(0)
+    nearly = 1 + 1e-3 * generator.random(report.costs.shape)
+    alike = torch.tensor(nearly * 4.0 ** -np.array([s.bits for s in report.schemes]))
+    problem = problem_of(replace(report, costs=alike))
+    for bpw in (2.8, 3.3, 4.1):  # branch and bound runs out of its seconds here
+        budget = int(bpw * problem.n_weights)
+        choice = exact(problem, budget, seconds=1e-3)
+        assert problem.size_of(choice) <= budget
 
 
 def test_exact_is_never_above_any_other_allocator():
