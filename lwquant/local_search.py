@@ -22,8 +22,8 @@ from lwquant.best_plan import best_plan
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.recipe import Recipe
-from lwquant.stages import few_windows, plans_of_others, problem_for
-from lwquant.swapped_model import SEARCH_WINDOWS, SwappedModel, quantize_apart
+from lwquant.stages import plans_of_others, problem_for
+from lwquant.swapped_model import swapped_model
 from lwquant.types import BitPlan, QuantScheme, SensitivityReport
 
 OPTIMISM = 0.5
@@ -46,12 +46,7 @@ def searched_plan(
     problem = problem_for(report, recipe)
     budget = int(bpw * problem.n_weights)
     search = Search(problem, choice_of(problem, start), budget)
-    decoder = opened.decoder
-    calibration = few_windows(windows.calibration, recipe).tokens
-    quantizer = recipe.cost_quantizer()
-    weights = quantize_apart(decoder, calibration, search.menus(), quantizer, progress=progress)
-    tokens = windows.calibration.tokens[-SEARCH_WINDOWS:]
-    model = SwappedModel(decoder, weights, tokens, start.schemes)
+    model = swapped_model(opened, search.menus(), start, recipe, windows, progress)
     before = model.kl
     search.scale_costs(model.kl)
     kept: list[bool] = []
@@ -71,7 +66,7 @@ def searched_plan(
     best, note = best_plan(opened, candidates, recipe.rounding(), windows, progress)
     found = (
         f"local search: {sum(kept)} of {len(kept)} measured moves kept, KL {before:.4f} to "
-        f"{model.kl:.4f} on {len(tokens)} calibration windows, without propagation"
+        f"{model.kl:.4f} on {model.n_windows} calibration windows, without propagation"
     )
     plan = candidates[best]
     return replace(plan, notes=(*plan.notes, found, note))

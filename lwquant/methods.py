@@ -1,10 +1,15 @@
-"""How a method, a function or a partial of one, is written into JSON."""
+"""Methods: functions, or partials of them; what is inside, and how they are written into JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+
+def base_of(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that a method's settings, if any, are bound to."""
+    return method.func if isinstance(method, partial) else method
 
 
 def describe(method: Callable[..., Any] | None) -> dict[str, object]:

@@ -32,8 +32,8 @@ from lwquant.best_plan import best_plan
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.recipe import Recipe
-from lwquant.stages import few_windows, problem_for
-from lwquant.swapped_model import SEARCH_WINDOWS, SwappedModel, quantize_apart
+from lwquant.stages import problem_for
+from lwquant.swapped_model import swapped_model
 from lwquant.types import BitPlan, SensitivityReport
 
 MOVED = 0.5  # share of the linears whose scheme a random plan changes, half of them each way
@@ -61,12 +61,7 @@ def paired_plan(
     problem = problem_for(report, recipe)
     begin = choice_of(problem, start)
     near = [neighbours(problem, row, column) for row, column in enumerate(begin)]
-    decoder = opened.decoder
-    calibration = few_windows(windows.calibration, recipe).tokens
-    menus, quantizer = menus_of(problem, near), recipe.cost_quantizer()
-    weights = quantize_apart(decoder, calibration, menus, quantizer, progress=progress)
-    tokens = windows.calibration.tokens[-SEARCH_WINDOWS:]
-    model = SwappedModel(decoder, weights, tokens, start.schemes)
+    model = swapped_model(opened, menus_of(problem, near), start, recipe, windows, progress)
     choices, measured = [begin], [model.kl]
     generator = np.random.default_rng(recipe.seed)
     for number in range(recipe.pair_terms):

@@ -16,6 +16,7 @@ from lwquant.corrections import CORRECTIONS
 from lwquant.decode_times import BENCHMARK, DecodeTimes, read_decode_times
 from lwquant.errors import LwquantError
 from lwquant.importance import IMPORTANCES, TokenWeighting
+from lwquant.methods import base_of
 from lwquant.quantizers import QUANTIZERS, Quantizer, bnb, refuse_scheme, without_descent
 from lwquant.quantizers.bnb import require_bitsandbytes
 from lwquant.sensitivity import METRICS
@@ -139,7 +140,7 @@ class Recipe:
     def rounding(self) -> Rounding:
         """Everything about how linears are rounded; LwquantError for unknown names."""
         plain = rounding_of(self.quantizer, self.correction)
-        if self.unclipped_qk and _base(plain.quantizer) not in UNCLIPPING:
+        if self.unclipped_qk and base_of(plain.quantizer) not in UNCLIPPING:
             raise LwquantError(
                 f"unclipped_qk={self.unclipped_qk} needs quantizer 'gptq' or 'quantease'"
             )
@@ -298,18 +299,13 @@ def rounding_of(quantizer: Method, correction: Method) -> Rounding:
     if isinstance(named, Mapping) and named.get("name") == "none":
         return Rounding(resolved, None, "inputs")
     if isinstance(named, Mapping) and named.get("name") == "gptaq":
-        if _base(resolved) is not QUANTIZERS["gptq"]:
+        if base_of(resolved) is not QUANTIZERS["gptq"]:
             raise LwquantError("correction 'gptaq' is a term inside GPTQ: use quantizer 'gptq'")
         strength = float(named.get("strength", 0.25))
         return Rounding(partial(resolved, asymmetry=strength), None, "all")
     choices = {**CORRECTIONS, "none": None, "gptaq": None}
     found = _look_up("correction", choices, correction)
     return Rounding(resolved, found, _records_of(found))
-
-
-def _base(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that the settings are bound to."""
-    return method.func if isinstance(method, partial) else method
 
 
 def _records_of(correction: Callable[..., Any]) -> Records:

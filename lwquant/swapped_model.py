@@ -14,12 +14,15 @@ from torch import Tensor
 
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
+from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.recipe import Recipe
 from lwquant.sensitivity.measured_kl import mean_kl
 from lwquant.sensitivity.walk import block_stats, walk_blocks
+from lwquant.stages import few_windows
 from lwquant.streams import advance
-from lwquant.types import QuantizedWeight, QuantScheme
+from lwquant.types import BitPlan, QuantizedWeight, QuantScheme
 
 SEARCH_WINDOWS = 16  # to measure on: the last calibration windows; the metric looks at the first
 
@@ -77,6 +80,11 @@ class SwappedModel:
         self._inputs, last = self._run(0, first, self.schemes)
         self.kl = mean_kl(decoder, self._reference, last)
 
+    @property
+    def n_windows(self) -> int:
+        """How many windows it is measured on."""
+        return len(self._reference)
+
     def change(self, changes: Mapping[str, QuantScheme]) -> float:
         """Give the named linears other schemes where that lowers the KL; returns the KL it has or
         would have had then, in nats per token."""
@@ -117,3 +125,22 @@ class SwappedModel:
                         set_weight(block.get_submodule(decoder.local_name(spec)), weight)
                 advance(decoder, index, block, hidden)
         return inputs, hidden
+
+
+def swapped_model(
+    opened: OpenModel,
+    menus: Mapping[str, Collection[QuantScheme]],
+    start: BitPlan,
+    recipe: Recipe,
+    windows: Windows,
+    progress: Progress,
+) -> SwappedModel:
+    """The model with plan `start`, every linear quantized in each scheme of its menu beforehand.
+
+    It is measured on the last SEARCH_WINDOWS calibration windows.
+    """
+    calibration = few_windows(windows.calibration, recipe).tokens
+    quantizer = recipe.cost_quantizer()
+    weights = quantize_apart(opened.decoder, calibration, menus, quantizer, progress=progress)
+    tokens = windows.calibration.tokens[-SEARCH_WINDOWS:]
+    return SwappedModel(opened.decoder, weights, tokens, start.schemes)

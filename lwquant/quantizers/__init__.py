@@ -10,11 +10,11 @@ anything is measured. tests/contract/test_quantizers.py holds every entry below 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from lwquant.methods import base_of
 from lwquant.quantizers.bnb import bnb, bnb_schemes_only
 from lwquant.quantizers.gptq import gptq
 from lwquant.quantizers.grid import even_steps_only
@@ -36,7 +36,7 @@ LIMITS: dict[Callable[..., Any], Callable[[QuantScheme], None]] = {
 
 def refuse_scheme(quantizer: Callable[..., Any], scheme: QuantScheme) -> None:
     """ValueError where a listed quantizer, or a partial of one, has no codes for the scheme."""
-    base = quantizer.func if isinstance(quantizer, partial) else quantizer
+    base = base_of(quantizer)
     if scheme.outliers and base is not quantease and base in QUANTIZERS.values():
         raise ValueError(
             f"scheme {scheme.label} has outliers, which only the quantizer quantease looks for"

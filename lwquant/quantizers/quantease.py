@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lwquant.methods import base_of
 from lwquant.ops.rounding import round_columns
 from lwquant.quantizers.gptq import gptq
 from lwquant.quantizers.grid import Grid, even_steps_only, fit_grid
@@ -100,11 +101,8 @@ def without_descent(quantizer: Callable[..., Any]) -> Callable[..., Any]:
     The descent takes several times as long as GPTQ and changes little in which linears suffer most,
     so this is what costs are measured with.
     """
-    settings: dict[str, Any] = {}
-    if isinstance(quantizer, partial):
-        settings = quantizer.keywords
-    base = quantizer.func if isinstance(quantizer, partial) else quantizer
-    if base is not quantease or settings.get("start", "gptq") != "gptq":
+    settings = quantizer.keywords if isinstance(quantizer, partial) else {}
+    if base_of(quantizer) is not quantease or settings.get("start", "gptq") != "gptq":
         return quantizer
     shared = {key: settings[key] for key in ("damping", "search") if key in settings}
     return partial(gptq, **shared) if shared else gptq
