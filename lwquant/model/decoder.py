@@ -224,23 +224,40 @@ class Decoder:
                 with self.loaded(0) as block:
                     output = block(hidden, *call.args, **call.kwargs)
                 self._returns_tuple = isinstance(output, tuple)
-            calls: dict[int, Call] = {}
-
-            def record(index: int) -> Callable[..., Any]:
-                def forward(*args: Any, **kwargs: Any) -> Any:
-                    hidden, calls[index] = _split_call(args, kwargs)
-                    return self._wrap(hidden)
-
-                return forward
-
-            with self._blocks_replaced(record):
-                self.model(input_ids=tokens, use_cache=False)
-            if sorted(calls) != list(range(self.n_blocks)):
-                raise UnsupportedModelError(
-                    f"the forward called blocks {sorted(calls)} of {self.n_blocks} in the list"
-                )
-            self._calls[key] = [calls[index] for index in range(self.n_blocks)]
+            calls = self._recorded_calls(tokens)
+            self._refuse_calls_by_content(
+                calls, self._recorded_calls(tokens + self.vocab_size // 2)
+            )
+            self._calls[key] = calls
         return self._calls[key]
+
+    def _recorded_calls(self, tokens: Tensor) -> list[Call]:
+        """What each block is called with for these tokens, without running any."""
+        calls: dict[int, Call] = {}
+
+        def record(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, calls[index] = _split_call(args, kwargs)
+                return self._wrap(hidden)
+
+            return forward
+
+        with self._blocks_replaced(record):
+            self.model(input_ids=tokens, use_cache=False)
+        if sorted(calls) != list(range(self.n_blocks)):
+            raise UnsupportedModelError(
+                f"the forward called blocks {sorted(calls)} of {self.n_blocks} in the list"
+            )
+        return [calls[index] for index in range(self.n_blocks)]
+
+    def _refuse_calls_by_content(self, calls: list[Call], others: list[Call]) -> None:
+        """A block must be a function of its hidden states: calls are recorded once per shape."""
+        for index, (call, other) in enumerate(zip(calls, others, strict=True)):
+            if not _same(call.args, other.args) or not _same(call.kwargs, other.kwargs):
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} hands block {index} tensors that depend on the "
+                    "tokens themselves (embeddings per layer); only hidden states may"
+                )
 
     def _wrap(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
@@ -284,6 +301,17 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
         return args[0], Call(args[1:], kwargs)
     rest = dict(kwargs)
     return rest.pop("hidden_states"), Call((), rest)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two calls hand over equal tensors, in tuples and dicts too; other things pass."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        return all(_same(value, second.get(key)) for key, value in first.items())
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return True
 
 
 def _set_parameter(module: nn.Module, name: str, data: Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, random_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lwquant.errors import CheckpointError, UnsupportedModelError
@@ -121,3 +121,21 @@ def test_anything_but_a_decoder_only_causal_lm_is_refused(tmp_path, changes, mes
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(UnsupportedModelError, match=message):
         Decoder.open(open_checkpoint(folder))
+
+
+def test_blocks_that_see_the_tokens_besides_their_input_are_refused(tmp_path):
+    config = Gemma4TextConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=512,
+        num_kv_shared_layers=0,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="Gemma4.*block 0.*depend on the tokens"):
+        Decoder.open(open_checkpoint(tmp_path))
