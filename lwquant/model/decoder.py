@@ -6,6 +6,7 @@ checkpoint when the block is entered and dropped when it is left.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lwquant.errors import CheckpointError, UnsupportedModelError
+from lwquant.errors import CheckpointError, LwquantError, UnsupportedModelError
 from lwquant.model.checkpoint import WeightSource
 from lwquant.model.names import parameter_names
 from lwquant.model.structure import block_linears, features_of, find_blocks, trace_input_groups
@@ -48,7 +50,14 @@ class Decoder:
         self._calls: dict[tuple[object, ...], list[Call]] = {}
         self._returns_tuple: bool | None = None
         self._load_outer_parameters()
-        self.linears = self._list_linears()
+        try:
+            self.linears = self._list_linears()
+        except LwquantError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be run block by block: {error}"
+            ) from error
 
     @classmethod
     def open(cls, source: WeightSource, device: str | torch.device = "cpu") -> Decoder:
@@ -282,10 +291,11 @@ def causal_config(config: dict[str, Any]) -> Any:
         raise UnsupportedModelError(
             f"architectures={architectures} is not a decoder-only causal LM of transformers"
         )
-    fields = {k: v for k, v in config.items() if k != "model_type"}
+    fields = json.loads(json.dumps(config), object_hook=_special_float)
+    fields.pop("model_type", None)
     try:
         parsed = AutoConfig.for_model(config.get("model_type", ""), **fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UnsupportedModelError(f"config.json of {architectures[0]}: {error}") from error
     if parsed.is_encoder_decoder:
         raise UnsupportedModelError(f"{architectures[0]} is an encoder-decoder")
@@ -294,6 +304,11 @@ def causal_config(config: dict[str, Any]) -> Any:
     ):
         raise UnsupportedModelError(f"{architectures[0]} is not a decoder-only causal LM")
     return parsed
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """transformers writes infinities as {"__float__": "Infinity"}; other objects stay."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

@@ -1,17 +1,18 @@
 """The block-by-block decoder against transformers' own forward, for every architecture."""
 
 import json
+from math import inf
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, random_model
-from transformers import AutoModelForCausalLM, Gemma4TextConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, RwkvConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lwquant.errors import CheckpointError, UnsupportedModelError
 from lwquant.model.checkpoint import open_checkpoint
-from lwquant.model.decoder import Decoder
+from lwquant.model.decoder import Decoder, causal_config
 
 # What reads the same tensor must share a number, what does not must not.
 GROUPS = {
@@ -113,6 +114,7 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path):
         ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "not a decoder"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a decoder-only"),
         ({"model_type": "no_such_model"}, "no_such_model"),
+        ({"hidden_size": "many"}, "hidden_size"),
     ],
 )
 def test_anything_but_a_decoder_only_causal_lm_is_refused(tmp_path, changes, message):
@@ -139,3 +141,15 @@ def test_blocks_that_see_the_tokens_besides_their_input_are_refused(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="Gemma4.*block 0.*depend on the tokens"):
         Decoder.open(open_checkpoint(tmp_path))
+
+
+def test_a_model_that_takes_more_than_hidden_states_from_a_block_is_refused(tmp_path):
+    config = RwkvConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, context_length=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="Rwkv.*cannot be run block by block"):
+        Decoder.open(open_checkpoint(tmp_path))
+
+
+def test_infinities_in_a_config_are_read_as_transformers_writes_them():
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    assert causal_config(config | {"rms_norm_eps": {"__float__": "Infinity"}}).rms_norm_eps == inf
