@@ -34,7 +34,7 @@ from lwquant.decode_times import Shape, parse_shape, shape_label, write_decode_t
 from lwquant.ops.scale_bytes import encode_scales
 from lwquant.quantizers.grid import storable_scale
 from lwquant.recipe import Recipe
-from lwquant.types import SCALE_BITS, WIDTHS, QuantScheme, row_words
+from lwquant.scheme import SCALE_BITS, WIDTHS, QuantScheme, row_words
 
 SHAPES = ((4096, 4096), (576, 1536))  # (out_features, in_features)
 POOL_BYTES = 64 * 2**20  # twice the L3 cache of the machine this was written on

@@ -160,7 +160,7 @@ def plan_for(section, rest, opened, windows, recipe):
     """The row's plan, and the seconds its sensitivity report took."""
     from lwquant.allocators import exact, ranked, spikes
     from lwquant.allocators.plan import make_plan, uniform_plan
-    from lwquant.types import QuantScheme
+    from lwquant.scheme import QuantScheme
 
     linears = opened.decoder.linears
     if section == "rounding" or rest[-1] == "uniform":

@@ -16,8 +16,9 @@ from lwquant.export.hub import push_to_hub  # noqa: E402
 from lwquant.pipeline import Result, quantize  # noqa: E402
 from lwquant.ratio_curves import ratio_curves  # noqa: E402
 from lwquant.recipe import Recipe, load_recipe  # noqa: E402
+from lwquant.scheme import QuantScheme  # noqa: E402
 from lwquant.stages import measure_model, plan  # noqa: E402
-from lwquant.types import BitPlan, QuantScheme  # noqa: E402
+from lwquant.types import BitPlan  # noqa: E402
 
 __all__ = [
     "BitPlan",

@@ -8,7 +8,8 @@ from lwquant.held_out import measure_on
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.recipe import Rounding
-from lwquant.types import BitPlan, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import BitPlan
 
 
 def best_plan(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lwquant.groups import by_groups
 from lwquant.model.structure import as_linear, set_weight
 from lwquant.quantizers.grid import even_steps_only, in_window, storable_scale
 from lwquant.types import QuantizedWeight
@@ -128,12 +129,7 @@ class _Learned:
 
     def _grouped(self, values: Tensor) -> Tensor:
         """(out_features, n_groups, group size), padded with zeros in a shorter last group."""
-        n_groups, in_features = self.scales.shape[1], values.shape[1]
-        size = min(self.start.scheme.group_size, in_features)
-        padding = n_groups * size - in_features
-        if padding:
-            values = nn.functional.pad(values, (0, padding))
-        return values.reshape(len(values), n_groups, size)
+        return by_groups(values, self.start.scheme.group_size)
 
 
 @torch.no_grad()

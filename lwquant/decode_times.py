@@ -17,7 +17,8 @@ import numpy as np
 
 from lwquant.errors import PlanError
 from lwquant.jsonfile import read_json, write_json
-from lwquant.types import LinearSpec, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import LinearSpec
 
 KIND, VERSION = "lwquant-decode-times", 1
 BENCHMARK = "benchmarks/matmul_speed.py"  # what writes a table

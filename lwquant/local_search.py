@@ -22,9 +22,10 @@ from lwquant.best_plan import best_plan
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
 from lwquant.recipe import Recipe
+from lwquant.scheme import QuantScheme
 from lwquant.stages import plans_of_others, problem_for
 from lwquant.swapped_model import swapped_model
-from lwquant.types import BitPlan, QuantScheme, SensitivityReport
+from lwquant.types import BitPlan, SensitivityReport
 
 OPTIMISM = 0.5
 

@@ -21,8 +21,9 @@ from lwquant.measured_plans import MeasuredPlan, bench_for, measure_plans, write
 from lwquant.prepare import open_model
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import Recipe, transform_of
+from lwquant.scheme import QuantScheme
 from lwquant.stages import merged
-from lwquant.types import BitPlan, QuantScheme, SensitivityReport
+from lwquant.types import BitPlan, SensitivityReport
 
 
 @dataclass(frozen=True)

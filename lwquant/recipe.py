@@ -19,9 +19,10 @@ from lwquant.importance import IMPORTANCES, TokenWeighting
 from lwquant.methods import base_of
 from lwquant.quantizers import QUANTIZERS, Quantizer, bnb, refuse_scheme, without_descent
 from lwquant.quantizers.bnb import require_bitsandbytes
+from lwquant.scheme import FLOAT_BITS, WHOLE_ROW, WIDTHS, QuantScheme
 from lwquant.sensitivity import METRICS
 from lwquant.transforms import TRANSFORMS
-from lwquant.types import FLOAT_BITS, WHOLE_ROW, WIDTHS, QuantScheme, Records
+from lwquant.types import Records
 
 UNCLIPPING = (QUANTIZERS["gptq"], QUANTIZERS["quantease"])  # can spare rows the range search
 

@@ -22,6 +22,7 @@ from lwquant.model.replay import Ending, Replay, group_endings
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.streams import (
     FloatBlock,
     Streams,
@@ -31,14 +32,7 @@ from lwquant.streams import (
     module_of,
     view_of,
 )
-from lwquant.types import (
-    LayerStats,
-    LinearSpec,
-    QuantizedWeight,
-    QuantScheme,
-    Records,
-    join_rows,
-)
+from lwquant.types import LayerStats, LinearSpec, QuantizedWeight, Records, join_rows
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from lwquant.recipe import (
     metric_of,
     transform_of,
 )
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.report import measure_sensitivity, read_report
-from lwquant.types import BitPlan, CalibrationSet, QuantScheme, SensitivityReport
+from lwquant.types import BitPlan, CalibrationSet, SensitivityReport
 
 EFFORTS = ("fast", "default", "best")
 

@@ -18,11 +18,12 @@ from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
 from lwquant.recipe import Recipe
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.measured_kl import mean_kl
 from lwquant.sensitivity.walk import block_stats, walk_blocks
 from lwquant.stages import few_windows
 from lwquant.streams import advance
-from lwquant.types import BitPlan, QuantizedWeight, QuantScheme
+from lwquant.types import BitPlan, QuantizedWeight
 
 SEARCH_WINDOWS = 16  # to measure on: the last calibration windows; the metric looks at the first
 

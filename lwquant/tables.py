@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lwquant.types import WHOLE_ROW, BitPlan, SensitivityReport
+from lwquant.scheme import WHOLE_ROW
+from lwquant.types import BitPlan, SensitivityReport
 
 if TYPE_CHECKING:  # these modules import what draws the tables
     from lwquant.evaluation.evaluate import Evaluation

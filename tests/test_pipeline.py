@@ -29,8 +29,8 @@ from lwquant.export.folder import verify
 from lwquant.held_out import measure_plan
 from lwquant.inspection import inspect_folder
 from lwquant.recipe import Recipe, rounding_of
+from lwquant.scheme import QuantScheme
 from lwquant.streams import first_half
-from lwquant.types import QuantScheme
 
 SMALL = Recipe(n_samples=12, seq_len=96, held_out=6, sensitivity_samples=8, group_size=32)
 QUIET = {"progress": lambda *_: None}

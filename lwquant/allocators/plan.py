@@ -14,7 +14,8 @@ from lwquant.decode_times import DecodeTimes
 from lwquant.errors import BudgetError, PlanError
 from lwquant.jsonfile import read_json, write_json
 from lwquant.methods import describe
-from lwquant.types import BitPlan, LinearSpec, QuantScheme, SensitivityReport, plan_bpw, plan_bytes
+from lwquant.scheme import QuantScheme
+from lwquant.types import BitPlan, LinearSpec, SensitivityReport, plan_bpw, plan_bytes
 
 KIND, VERSION = "lwquant-plan", 1
 

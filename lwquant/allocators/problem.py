@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lwquant.errors import BudgetError, PlanError
-from lwquant.types import QuantScheme, SensitivityReport
+from lwquant.scheme import QuantScheme
+from lwquant.types import SensitivityReport
 
 Array = np.ndarray
 

@@ -16,7 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lwquant.errors import OutputError
 from lwquant.export.public import mask_path
-from lwquant.types import FLOAT_BITS, WIDTHS, BitPlan
+from lwquant.scheme import FLOAT_BITS, WIDTHS
+from lwquant.types import BitPlan
 
 DPI = 150
 INK = "#30343b"

@@ -16,7 +16,7 @@ from typing import Any
 from lwquant.errors import OutputError
 from lwquant.export.public import is_hub_id, mask, mask_path
 from lwquant.export.record import EvaluationRecord, LinearRecord, RunRecord
-from lwquant.types import FLOAT_BITS
+from lwquant.scheme import FLOAT_BITS
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
 MEGABYTE = 10**6

@@ -35,7 +35,8 @@ from lwquant.nn.linear import (
     stored_zeros,
     zero_layout,
 )
-from lwquant.types import FLOAT_BITS, QuantizedWeight, QuantScheme, row_words
+from lwquant.scheme import FLOAT_BITS, QuantScheme, row_words
+from lwquant.types import QuantizedWeight
 
 QUANT_METHOD = "lwquant"
 FORMAT_VERSION = 3

@@ -29,7 +29,7 @@ from lwquant.model.safetensors_header import TensorEntry, read_header
 from lwquant.model.structure import features_of
 from lwquant.nn.linear import QuantizedLinear
 from lwquant.nn.replace import find_linear, replace_linears
-from lwquant.types import QuantScheme
+from lwquant.scheme import QuantScheme
 
 # Dtype (None: whatever the checkpoint had) and shape of one tensor in a file.
 Layout = tuple[torch.dtype | None, tuple[int, ...]]

@@ -17,7 +17,8 @@ from lwquant.export.shards import ShardWriter
 from lwquant.model.checkpoint import WeightSource
 from lwquant.model.model_folder import member
 from lwquant.nn.replace import find_linear
-from lwquant.types import FLOAT_BITS, LinearSpec, QuantizedWeight, QuantScheme
+from lwquant.scheme import FLOAT_BITS, QuantScheme
+from lwquant.types import LinearSpec, QuantizedWeight
 
 MAX_SHARD_BYTES = 2 * 2**30
 

@@ -12,7 +12,8 @@ from lwquant import ops
 from lwquant.ops.codebook import dequantize_codebook, linear_codebook
 from lwquant.ops.outliers import check_outliers, column_dtype, decode_columns, encode_columns
 from lwquant.ops.scale_bytes import encode_scales
-from lwquant.types import Outliers, QuantizedWeight, QuantScheme, row_words
+from lwquant.scheme import QuantScheme, row_words
+from lwquant.types import Outliers, QuantizedWeight
 
 
 class QuantizedLinear(nn.Module):

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lwquant.errors import CheckpointError
 from lwquant.model.structure import features_of
 from lwquant.nn.linear import QuantizedLinear
-from lwquant.types import QuantScheme
+from lwquant.scheme import QuantScheme
 
 
 def find_linear(model: nn.Module, name: str) -> nn.Linear | Conv1D:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lwquant.types import row_words
+from lwquant.scheme import row_words
 
 _CODES_PER_RUN = 8  # the fewest codes that end on a byte, for any width
 _WORD_BYTES = 4

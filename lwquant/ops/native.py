@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lwquant.errors import LwquantError
-from lwquant.types import row_words
+from lwquant.scheme import row_words
 
 # The extension is the one import that may be missing: without it everything works, slowly.
 try:

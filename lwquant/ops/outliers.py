@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lwquant.types import NARROW_COLUMNS, Outliers
+from lwquant.scheme import NARROW_COLUMNS
+from lwquant.types import Outliers
 
 
 def column_dtype(in_features: int) -> torch.dtype:

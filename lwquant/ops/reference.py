@@ -7,7 +7,8 @@ from torch import Tensor
 from lwquant.ops.layout import unpack_reference
 from lwquant.ops.outliers import decode_columns
 from lwquant.ops.scale_bytes import decode_scales
-from lwquant.types import BYTE_BITS, Outliers
+from lwquant.scheme import BYTE_BITS
+from lwquant.types import Outliers
 
 
 def dequantize_reference(

@@ -13,7 +13,7 @@ from lwquant.ops.layout import pack_reference, unpack_reference
 from lwquant.ops.native import OutlierTensors
 from lwquant.ops.outliers import column_dtype
 from lwquant.ops.reference import dequantize_reference, linear_reference
-from lwquant.types import WIDTHS, row_words
+from lwquant.scheme import WIDTHS, row_words
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

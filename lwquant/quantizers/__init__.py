@@ -21,7 +21,8 @@ from lwquant.quantizers.grid import even_steps_only
 from lwquant.quantizers.hqq import hqq
 from lwquant.quantizers.quantease import quantease, without_descent
 from lwquant.quantizers.rtn import rtn
-from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import LayerStats, QuantizedWeight
 
 Quantizer = Callable[[Tensor, LayerStats, QuantScheme], QuantizedWeight]
 

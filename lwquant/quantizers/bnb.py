@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from lwquant.errors import LwquantError
+from lwquant.groups import by_groups, group_of_inputs
 from lwquant.quantizers.grid import Grid, in_window, storable_scale
-from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import LayerStats, QuantizedWeight
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that its 4-bit kernels have
 INT8_MIDDLE, INT8_STEPS = 128, 127  # our zero; steps from zero to a row's largest weight
@@ -60,7 +62,7 @@ def bnb(weight: Tensor, stats: LayerStats | None, scheme: QuantScheme) -> Quanti
         )
     grid = Grid(scheme, scales, torch.full_like(scales, 2.0 ** (scheme.bits - 1)))
     moved = (scales - exact).abs() > FLOAT16_ROUNDING * exact
-    expand = torch.arange(weight.shape[1], device=weight.device) // scheme.group_size
+    expand = group_of_inputs(weight.shape[1], scheme.group_size, weight.device)
     codes = torch.where(moved[:, expand], grid.round(weight.float()).byte(), codes)
     return QuantizedWeight(scheme, codes, scales.half(), grid.zeros.byte())
 
@@ -89,7 +91,8 @@ def require_bitsandbytes() -> None:
 def _four_bits(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """Codes like the weight, and the absmax of each block (rows, n_groups)."""
     rows, in_features = weight.shape
-    padded = _whole_groups(weight, scheme)
+    # Zeros at the end of each row change no absmax, and no block runs on into the next row.
+    padded = torch.nn.functional.pad(weight, (0, -in_features % scheme.group_size))
     packed, state = _functional().quantize_4bit(
         padded, blocksize=scheme.group_size, quant_type=scheme.codebook
     )
@@ -101,19 +104,10 @@ def _four_bits(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
 def _int8(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """As _four_bits(); each group is a row to bitsandbytes."""
     rows, in_features = weight.shape
-    if scheme.group_size < in_features:
-        weight = _whole_groups(weight, scheme)
-    groups = weight.reshape(rows * scheme.n_groups(in_features), -1)
+    groups = by_groups(weight, scheme.group_size).flatten(0, 1)
     codes, absmax, _ = _functional().int8_vectorwise_quant(groups)
     codes = (codes.int() + INT8_MIDDLE).to(torch.uint8)
     return codes.view(rows, -1)[:, :in_features], absmax.view(rows, -1)
-
-
-def _whole_groups(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """Zeros appended to each row, which change no absmax."""
-    in_features = weight.shape[1]
-    missing = scheme.n_groups(in_features) * scheme.group_size - in_features
-    return torch.nn.functional.pad(weight, (0, missing)).contiguous()
 
 
 def _functional() -> ModuleType:

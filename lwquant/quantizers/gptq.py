@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lwquant.ops.rounding import BLOCK_COLUMNS, on_grid, round_columns
 from lwquant.quantizers.grid import fit_grid
-from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import LayerStats, QuantizedWeight
 
 MAX_DAMPING = 10.0
 

@@ -8,10 +8,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lwquant.codebooks import nearest_codes, values_of
+from lwquant.groups import by_groups, group_of_inputs
 from lwquant.ops.rounding import fit_groups
 from lwquant.ops.scale_bytes import MANTISSA_BITS, window_floor
-from lwquant.types import QuantizedWeight, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import QuantizedWeight
 
 # Ranges tried by the clip search, as fractions of the full range; below a third, clipping has
 # never won at 2 bits on the weights we looked at, where it goes furthest.
@@ -38,18 +39,16 @@ class Grid:
 
     def round(self, weight: Tensor) -> Tensor:
         """Nearest codes (out_features, in_features) float32."""
-        expand = torch.arange(weight.shape[1], device=weight.device) // self.scheme.group_size
-        steps = weight / self.scales[:, expand]
-        if self.scheme.codebook:
-            return nearest_codes(steps, self.scheme.codebook).float()
-        return steps.add_(self.zeros[:, expand]).round_().clamp_(0, self.scheme.max_code)
+        group = self._group_of_inputs(weight)
+        return self.scheme.nearest_codes(weight / self.scales[:, group], self.zeros[:, group])
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """The weight (out_features, in_features) float32 that codes of this grid stand for."""
-        expand = torch.arange(codes.shape[1], device=codes.device) // self.scheme.group_size
-        if self.scheme.codebook:
-            return values_of(codes, self.scheme.codebook) * self.scales[:, expand]
-        return (codes.float() - self.zeros[:, expand]) * self.scales[:, expand]
+        group = self._group_of_inputs(codes)
+        return self.scheme.steps_of(codes, self.zeros[:, group]) * self.scales[:, group]
+
+    def _group_of_inputs(self, like: Tensor) -> Tensor:
+        return group_of_inputs(like.shape[1], self.scheme.group_size, like.device)
 
     def weight_of(self, codes: Tensor, notes: tuple[str, ...] = ()) -> QuantizedWeight:
         """What is stored of codes (out_features, in_features) of this grid, whole numbers."""
@@ -95,13 +94,12 @@ def fit_grid(
             f"scheme {scheme.label} has outliers, which only the quantizer quantease looks for"
         )
     out_features, in_features = weight.shape
-    n_groups, size = scheme.n_groups(in_features), min(scheme.group_size, in_features)
-    padding = n_groups * size - in_features
-    grouped = torch.nn.functional.pad(weight.float(), (0, padding))
+    grouped = by_groups(weight.float(), scheme.group_size)
+    n_groups, size = grouped.shape[1:]
     grouped = grouped.reshape(out_features * n_groups, size)
     if importance is None:
         importance = torch.ones(in_features, device=weight.device)
-    per_group = torch.nn.functional.pad(importance.float(), (0, padding)).view(n_groups, size)
+    per_group = by_groups(importance.float(), scheme.group_size)
     found = None
     if search and not scheme.codebook:
         shrinks, halvings = (END_SHRINKS, HALVINGS) if scheme.fine_zeros else (SHRINKS, None)
@@ -187,7 +185,7 @@ def _search_ends(
     found = best[:3]
     for _ in range(LINE_FITS):
         _, scale, zero = found
-        codes = _steps(rows, scale, zero, scheme).add_(zero[:, None])
+        codes = scheme.nearest_codes(rows / scale[:, None], zero[:, None])
         line = fit_line(rows, codes, importance, scale[:, None], scheme)
         scale, zero = (part[:, 0] for part in line)
         error = _error(rows, importance, scale, zero, scheme)
@@ -266,10 +264,8 @@ def scale_mantissa(scheme: QuantScheme) -> int:
 
 def _steps(rows: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
     """The grid's nearest to the rows (n, size), in units of the scale."""
-    steps = rows / scale[:, None]
-    if scheme.codebook:
-        return values_of(nearest_codes(steps, scheme.codebook), scheme.codebook)
-    return steps.add_(zero[:, None]).round_().clamp_(0, scheme.max_code).sub_(zero[:, None])
+    zeros = zero[:, None]
+    return scheme.steps_of(scheme.nearest_codes(rows / scale[:, None], zeros), zeros)
 
 
 def _error(

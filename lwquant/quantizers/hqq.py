@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lwquant.groups import by_groups
 from lwquant.quantizers.grid import (
     SHRINKS,
     Grid,
@@ -22,7 +23,8 @@ from lwquant.quantizers.grid import (
     in_window,
     storable_scale,
 )
-from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import LayerStats, QuantizedWeight
 
 Parts = tuple[Tensor, Tensor]  # scales and zeros, (out_features, n_groups, 1) each
 
@@ -56,7 +58,9 @@ def hqq(
     if not 0 < exponent <= 1:
         raise ValueError(f"exponent={exponent} must be above 0 and at most 1")
     even_steps_only(scheme)
-    grouped, inside = _grouped(weight.float(), scheme)
+    grouped = by_groups(weight.float(), scheme.group_size)
+    # Which places (n_groups, size) are real, where the last group is shorter.
+    inside = by_groups(torch.ones_like(weight[0], dtype=torch.float32), scheme.group_size)
     found = _parts(fit_grid(weight, scheme, search=False))
     best = _errors(grouped, inside, *found, scheme, exponent)
     for shrink in SHRINKS[1:]:
@@ -66,7 +70,7 @@ def hqq(
     scale, zero = found
     step = scale
     for _ in range(rounds):
-        codes = _codes(grouped, scale, zero, scheme)
+        codes = scheme.nearest_codes(grouped / scale, zero)
         apart = _shrunk((grouped - (codes - zero) * scale) / step, PENALTY, exponent) * step
         scale, zero = _refit(grouped - apart, codes, inside, scale, zero, scheme)
         errors = _errors(grouped, inside, scale, zero, scheme, exponent)
@@ -79,20 +83,6 @@ def _parts(grid: Grid) -> Parts:
     return grid.scales[:, :, None], grid.zeros[:, :, None]
 
 
-def _grouped(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """The weight (out_features, n_groups, size), and which places of (n_groups, size) are real."""
-    out_features, in_features = weight.shape
-    n_groups, size = scheme.n_groups(in_features), min(scheme.group_size, in_features)
-    padding = (0, n_groups * size - in_features)
-    inside = torch.nn.functional.pad(weight.new_ones(in_features), padding).view(n_groups, size)
-    padded = torch.nn.functional.pad(weight, padding)
-    return padded.view(out_features, n_groups, size), inside
-
-
-def _codes(grouped: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
-    return (grouped / scale + zero).round_().clamp_(0, scheme.max_code)
-
-
 def _errors(
     grouped: Tensor,
     inside: Tensor,
@@ -102,7 +92,7 @@ def _errors(
     exponent: float,
 ) -> Tensor:
     """Σ |Ŵ − W|^exponent of each group, (out_features, n_groups, 1)."""
-    rounded = (_codes(grouped, scale, zero, scheme) - zero) * scale
+    rounded = (scheme.nearest_codes(grouped / scale, zero) - zero) * scale
     return (rounded - grouped).abs_().pow_(exponent).mul_(inside).sum(2, keepdim=True)
 
 

@@ -23,7 +23,8 @@ from lwquant.quantizers.gptq import gptq
 from lwquant.quantizers.grid import Grid, even_steps_only, fit_grid
 from lwquant.quantizers.outliers import largest_eigenvalue, refit_outliers, top_entries
 from lwquant.quantizers.scales import refit_scales
-from lwquant.types import LayerStats, Outliers, QuantizedWeight, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import LayerStats, Outliers, QuantizedWeight
 
 RELAXED_EVERY = 3  # from unrounded weights, every third sweep moves them without rounding
 

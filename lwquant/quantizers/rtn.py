@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lwquant.quantizers.grid import fit_grid
-from lwquant.types import LayerStats, QuantizedWeight, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import LayerStats, QuantizedWeight
 
 
 def rtn(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lwquant.groups import by_groups, group_of_inputs
 from lwquant.quantizers.grid import Grid, in_window, storable_scale
 
 RIDGE = 1e-6  # of the diagonal: groups whose codes are all zero, or say the same as another's
@@ -24,12 +25,12 @@ def refit_scales(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid) -> 
         hessian: (in_features, in_features).
     """
     size, n_groups = grid.scheme.group_size, grid.scales.shape[1]
-    expand = torch.arange(weight.shape[1], device=weight.device) // size
-    steps = codes.float() - grid.zeros[:, expand]
+    group = group_of_inputs(weight.shape[1], size, weight.device)
+    steps = grid.scheme.steps_of(codes, grid.zeros[:, group])
     bound = _group_sums(steps * (weight.float() @ hessian), grid)
     rows, product = [], torch.empty_like(steps)  # one buffer: fresh memory costs more than the sums
-    for group in range(n_groups):
-        part = slice(group * size, (group + 1) * size)
+    for start in range(0, n_groups * size, size):
+        part = slice(start, start + size)
         torch.mm(steps[:, part], hessian[part], out=product)
         rows.append(_group_sums(product.mul_(steps), grid))
     normal = torch.stack(rows, dim=1)
@@ -53,8 +54,4 @@ def refit_scales(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid) -> 
 
 def _group_sums(values: Tensor, grid: Grid) -> Tensor:
     """Sums over the columns of each group, (out_features, n_groups) float64."""
-    n_groups, size = grid.scales.shape[1], min(grid.scheme.group_size, values.shape[1])
-    padding = n_groups * size - values.shape[1]
-    if padding:
-        values = torch.nn.functional.pad(values, (0, padding))
-    return values.view(len(values), n_groups, size).sum(2).double()
+    return by_groups(values, grid.scheme.group_size).sum(2).double()

@@ -22,6 +22,7 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.backward import (
     backward_block,
     kl_gradient,
@@ -32,7 +33,7 @@ from lwquant.sensitivity.backward import (
 from lwquant.sensitivity.fisher import second_order
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
-from lwquant.types import LayerStats, LinearSpec, QuantScheme
+from lwquant.types import LayerStats, LinearSpec
 
 
 def around_plan(

@@ -26,6 +26,7 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.backward import (
     backward_block,
     kl_gradient,
@@ -36,7 +37,7 @@ from lwquant.sensitivity.fisher import second_order
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import InputSums, block_stats, weight_changes
 from lwquant.streams import advance
-from lwquant.types import LayerStats, LinearSpec, QuantScheme
+from lwquant.types import LayerStats, LinearSpec
 
 STEP = 0.02  # share of the change at 2 bits; twice that for each further bit, as errors halve
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight
 from lwquant.quantizers import rtn
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.walk import BlockVisit
-from lwquant.types import QuantScheme
 
 
 def spread(

@@ -21,10 +21,10 @@ from torch import Tensor
 from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.backward import backward_block, sampled_gradient, text_gradient
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
-from lwquant.types import QuantScheme
 
 
 def delta_loss(

@@ -14,10 +14,10 @@ from torch import Tensor
 from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.block_score import spread
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import walk_blocks
-from lwquant.types import QuantScheme
 
 
 def embedding_delta(

@@ -21,10 +21,11 @@ from torch import Tensor
 from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.backward import backward_block, sampled_gradient, squared_outputs
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import InputSums, block_inputs, weight_changes
-from lwquant.types import LayerStats, QuantScheme
+from lwquant.types import LayerStats
 
 
 def fisher(

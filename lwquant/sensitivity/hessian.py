@@ -14,9 +14,9 @@ from torch import Tensor
 from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer, rtn
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_stats, walk_blocks, weight_changes
-from lwquant.types import QuantScheme
 
 
 def hessian(

@@ -18,10 +18,10 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
 from lwquant.streams import advance
-from lwquant.types import QuantScheme
 
 HEAD_TOKENS = 256  # positions whose logits are held at once
 

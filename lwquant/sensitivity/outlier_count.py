@@ -16,10 +16,10 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.block_score import spread
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import BlockVisit
-from lwquant.types import QuantScheme
 
 
 def outlier_count(

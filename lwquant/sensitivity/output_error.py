@@ -11,9 +11,9 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_stats, walk_blocks, weight_changes
-from lwquant.types import QuantScheme
 
 
 def output_error(

@@ -19,12 +19,12 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.backward import backward_block
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.output_error import relative_errors
 from lwquant.sensitivity.relevance_rules import RelevanceRules
 from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
-from lwquant.types import QuantScheme
 
 
 def relevance(

@@ -15,8 +15,9 @@ from lwquant.methods import describe
 from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity import Metric
-from lwquant.types import CalibrationSet, LinearSpec, QuantScheme, SensitivityReport
+from lwquant.types import CalibrationSet, LinearSpec, SensitivityReport
 
 KIND, VERSION = "lwquant-sensitivity", 1
 

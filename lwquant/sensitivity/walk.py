@@ -13,8 +13,9 @@ from lwquant.capture.stats import StatsAccumulator
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight
 from lwquant.quantizers import Quantizer
+from lwquant.scheme import QuantScheme
 from lwquant.streams import advance, chunks
-from lwquant.types import LayerStats, LinearSpec, QuantScheme
+from lwquant.types import LayerStats, LinearSpec
 
 Before = Callable[[int, nn.Module, Tensor], None]
 

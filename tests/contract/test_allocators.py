@@ -14,7 +14,8 @@ from lwquant.allocators.exact import _repair, check_time
 from lwquant.allocators.plan import make_plan
 from lwquant.allocators.problem import fused_groups, pin, problem_of, tie
 from lwquant.errors import BudgetError, PlanError
-from lwquant.types import LinearSpec, QuantScheme, SensitivityReport
+from lwquant.scheme import QuantScheme
+from lwquant.types import LinearSpec, SensitivityReport
 
 every_allocator = pytest.mark.parametrize("allocate", ALLOCATORS.values(), ids=ALLOCATORS)
 ROLES = ("q_proj", "k_proj", "gate_proj", "up_proj")

@@ -13,12 +13,13 @@ from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.quantizers import gptq, rtn
 from lwquant.recipe import Recipe
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity import METRICS, fisher, measured_kl, output_error
 from lwquant.sensitivity.augmented_hessian import augmented_hessian
 from lwquant.sensitivity.delta_loss import delta_loss
 from lwquant.sensitivity.embedding_delta import embedding_delta, layer_input_modification
 from lwquant.sensitivity.outlier_count import outlier_count, share_beyond_one
-from lwquant.types import LayerStats, QuantScheme
+from lwquant.types import LayerStats
 
 SCHEMES = (QuantScheme(2, 32), QuantScheme(3, 32), QuantScheme(4, 32), QuantScheme(16))
 every_metric = pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)

@@ -13,7 +13,8 @@ from lwquant.ops.scale_bytes import decode_scales, encode_scales
 from lwquant.quantizers import QUANTIZERS, gptq, refuse_scheme, rtn
 from lwquant.quantizers.gptq import inverse_cholesky
 from lwquant.quantizers.grid import fit_grid, fit_line
-from lwquant.types import WHOLE_ROW, LayerStats, QuantScheme
+from lwquant.scheme import WHOLE_ROW, QuantScheme
+from lwquant.types import LayerStats
 
 EVEN = [QuantScheme(bits, 16) for bits in (2, 3, 4, 5, 6, 8)]
 FINE = [replace(scheme, fine_zeros=True) for scheme in EVEN]

@@ -13,8 +13,9 @@ from lwquant.prepare import OpenModel
 from lwquant.quantizers import rtn
 from lwquant.recipe import Recipe
 from lwquant.remeasure import remeasured
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.around_plan import around_plan, shares
-from lwquant.types import BitPlan, LayerStats, QuantScheme, SensitivityReport
+from lwquant.types import BitPlan, LayerStats, SensitivityReport
 
 SCHEMES = tuple(QuantScheme(bits, 32) for bits in (2, 3, 4, 16))
 QUIET = {"progress": lambda *_: None}

@@ -12,7 +12,8 @@ import lwquant.block_tuning as block_tuning
 from lwquant.block_tuning import NOTHING_BETTER, RoundedLinear, block_loss, tune_block
 from lwquant.model.structure import as_linear, set_weight
 from lwquant.quantizers import rtn
-from lwquant.types import Outliers, QuantizedWeight, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import Outliers, QuantizedWeight
 
 SCHEMES = (QuantScheme(2, 8, fine_zeros=True, outliers=50), QuantScheme(3, 8, symmetric=True))
 

@@ -15,7 +15,7 @@ from lwquant.errors import LwquantError
 from lwquant.quantizers import bnb, rtn
 from lwquant.quantizers import bnb as bnb_quantizer
 from lwquant.recipe import Recipe, load_recipe, rounding_of
-from lwquant.types import WHOLE_ROW, QuantScheme
+from lwquant.scheme import WHOLE_ROW, QuantScheme
 
 bnb_file = sys.modules[bnb_quantizer.__module__]
 INT8_ROWS = QuantScheme(8, WHOLE_ROW, symmetric=True)

@@ -12,8 +12,9 @@ from lwquant.decode_times import BENCHMARK, DecodeTimes, read_decode_times, writ
 from lwquant.errors import BudgetError, LwquantError, PlanError
 from lwquant.inspection import inspect_folder
 from lwquant.recipe import Recipe
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.report import read_report
-from lwquant.types import LinearSpec, QuantScheme
+from lwquant.types import LinearSpec
 
 SMALL = Recipe(n_samples=6, seq_len=64, held_out=2, sensitivity_samples=4, group_size=32)
 SCHEMES = SMALL.schemes()

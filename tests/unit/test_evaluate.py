@@ -23,7 +23,8 @@ from lwquant.model.checkpoint import Checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.progress import silent
 from lwquant.quantizers.rtn import rtn
-from lwquant.types import QuantScheme, plan_bpw
+from lwquant.scheme import QuantScheme
+from lwquant.types import plan_bpw
 
 TEXT = TINY_FOLDER / "heldout.txt"
 SCHEME = QuantScheme(3, 64)

@@ -24,7 +24,8 @@ from lwquant.export.save import ModelWriter
 from lwquant.model.checkpoint import Checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.quantizers.rtn import rtn
-from lwquant.types import QuantScheme, plan_bpw
+from lwquant.scheme import QuantScheme
+from lwquant.types import plan_bpw
 
 LENGTHS = (110, 130)
 N_EXAMPLES = 20

@@ -14,7 +14,8 @@ from lwquant.finetune import tune_scales
 from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.quantizers import rtn
-from lwquant.types import Outliers, QuantizedWeight, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import Outliers, QuantizedWeight
 
 SCHEMES = (
     QuantScheme(2, 32),

@@ -17,7 +17,8 @@ from lwquant.export.format import (
     tensors_of,
 )
 from lwquant.quantizers.grid import storable_scale
-from lwquant.types import WIDTHS, Outliers, QuantizedWeight, QuantScheme
+from lwquant.scheme import WIDTHS, QuantScheme
+from lwquant.types import Outliers, QuantizedWeight
 
 SCHEMES = {
     "model.layers.0.q_proj": QuantScheme(3, 64),

@@ -20,7 +20,8 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.gguf import GgufCheckpoint
 from lwquant.prepare import OpenModel
 from lwquant.quantizers import rtn
-from lwquant.types import QuantScheme, plan_bpw
+from lwquant.scheme import QuantScheme
+from lwquant.types import plan_bpw
 
 HIDDEN, INNER, VOCAB = 64, 96, 32
 LINEARS = {

@@ -18,9 +18,10 @@ from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.quantizers import QUANTIZERS, gptq, rtn
 from lwquant.recipe import Recipe
+from lwquant.scheme import QuantScheme
 from lwquant.sequential import quantize_blocks
 from lwquant.streams import Streams
-from lwquant.types import BitPlan, QuantizedWeight, QuantScheme, join_rows
+from lwquant.types import BitPlan, QuantizedWeight, join_rows
 
 SCHEME = QuantScheme(3, 32)
 EVEN_STEPS = {name: one for name, one in QUANTIZERS.items() if name != "bnb"}

@@ -6,7 +6,7 @@ import torch
 from lwquant.quantizers import hqq
 from lwquant.quantizers.grid import fit_grid
 from lwquant.quantizers.hqq import _refit, _shrunk
-from lwquant.types import QuantScheme
+from lwquant.scheme import QuantScheme
 
 
 def errors_of(rows, scales, zeros, max_code, exponent=0.7):

@@ -20,7 +20,8 @@ from lwquant.model.checkpoint import Checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.nn.linear import QuantizedLinear
 from lwquant.quantizers.rtn import rtn
-from lwquant.types import QuantScheme, plan_bpw
+from lwquant.scheme import QuantScheme
+from lwquant.types import plan_bpw
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 

@@ -26,7 +26,8 @@ from lwquant.model.checkpoint import Checkpoint
 from lwquant.model.structure import block_linears, features_of, find_blocks, get_weight
 from lwquant.nn.linear import QuantizedLinear
 from lwquant.quantizers.grid import storable_scale
-from lwquant.types import LinearSpec, Outliers, QuantizedWeight, QuantScheme, plan_bpw
+from lwquant.scheme import QuantScheme
+from lwquant.types import LinearSpec, Outliers, QuantizedWeight, plan_bpw
 
 # 100 and 48 leave a shorter last group in most of the tiny models' linears.
 MENU = (

@@ -19,8 +19,8 @@ from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.quantizers import rtn
 from lwquant.recipe import Recipe
+from lwquant.scheme import QuantScheme
 from lwquant.swapped_model import SwappedModel, quantize_apart
-from lwquant.types import QuantScheme
 
 TWO, THREE, SIXTEEN = QuantScheme(2, 32), QuantScheme(3, 32), QuantScheme(16)
 QUIET = {"progress": lambda *_: None}

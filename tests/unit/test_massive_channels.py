@@ -14,9 +14,10 @@ from lwquant.model.decoder import Decoder
 from lwquant.quantizers import gptq, quantease
 from lwquant.quantizers.grid import fit_grid
 from lwquant.recipe import Recipe
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.walk import block_stats
 from lwquant.sequential import Streams, quantize_blocks
-from lwquant.types import LayerStats, QuantScheme
+from lwquant.types import LayerStats
 
 SPARING = pytest.mark.parametrize("quantize", [gptq, quantease])
 

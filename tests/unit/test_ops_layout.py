@@ -11,7 +11,7 @@ from torch import Tensor
 from lwquant import ops
 from lwquant.errors import LwquantError
 from lwquant.ops.layout import pack_reference, unpack_reference
-from lwquant.types import WIDTHS, row_words
+from lwquant.scheme import WIDTHS, row_words
 
 
 @pytest.fixture(params=ops.available_isas())

@@ -22,7 +22,8 @@ from lwquant.ops.native import MAX_KERNEL_TOKENS
 from lwquant.ops.outliers import encode_columns
 from lwquant.ops.reference import dequantize_reference, linear_reference
 from lwquant.ops.scale_bytes import decode_scales
-from lwquant.types import WIDTHS, Outliers
+from lwquant.scheme import WIDTHS
+from lwquant.types import Outliers
 
 STEP = 1 / 32767
 TINIEST = 2.0**-100  # groups of smaller activations are resolved as if this were their largest

@@ -19,7 +19,7 @@ from lwquant.quantizers.grid import (
     storable_scale,
     storable_zero,
 )
-from lwquant.types import QuantScheme
+from lwquant.scheme import QuantScheme
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the kernels are not compiled")
 

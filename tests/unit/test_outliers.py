@@ -11,7 +11,8 @@ from lwquant.quantizers import gptq, quantease
 from lwquant.quantizers.grid import fit_grid
 from lwquant.quantizers.outliers import largest_eigenvalue, refit_outliers, top_entries
 from lwquant.quantizers.quantease import sweep
-from lwquant.types import LayerStats, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import LayerStats
 
 
 def make_layer(out_features=8, in_features=24, n=96, seed=0):

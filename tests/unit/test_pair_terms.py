@@ -13,7 +13,7 @@ from lwquant.allocators.problem import Problem, neighbours
 from lwquant.errors import LwquantError
 from lwquant.pair_terms import MOVED, Terms, fit_terms, random_choice
 from lwquant.recipe import Recipe
-from lwquant.types import QuantScheme
+from lwquant.scheme import QuantScheme
 
 QUIET = {"progress": lambda *_: None}
 BITS = (2, 3, 4)

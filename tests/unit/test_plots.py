@@ -10,7 +10,8 @@ import pytest
 from lwquant.errors import OutputError
 from lwquant.evaluation import plot
 from lwquant.evaluation.plot import plot_agreement, plot_bits, plot_sweep
-from lwquant.types import BitPlan, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import BitPlan
 
 GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 

@@ -10,7 +10,8 @@ from lwquant.quantizers import gptq, quantease, rtn, without_descent
 from lwquant.quantizers.grid import fit_grid
 from lwquant.quantizers.quantease import sweep
 from lwquant.quantizers.scales import refit_scales
-from lwquant.types import LayerStats, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import LayerStats
 
 
 def make_layer(out_features=8, in_features=24, n=96, seed=0):

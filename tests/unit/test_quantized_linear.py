@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lwquant.codebooks import CODEBOOKS
 from lwquant.nn.linear import QuantizedLinear, stored_scales
 from lwquant.quantizers.grid import in_window, storable_scale
-from lwquant.types import Outliers, QuantizedWeight, QuantScheme
+from lwquant.scheme import QuantScheme
+from lwquant.types import Outliers, QuantizedWeight
 
 SCHEMES = [
     QuantScheme(2, 32),

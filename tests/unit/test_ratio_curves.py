@@ -12,7 +12,8 @@ from lwquant.errors import BudgetError, LwquantError
 from lwquant.evaluation import plot
 from lwquant.ratio_curves import plans_of_share, share_of
 from lwquant.recipe import Recipe
-from lwquant.types import LinearSpec, QuantScheme, SensitivityReport
+from lwquant.scheme import QuantScheme
+from lwquant.types import LinearSpec, SensitivityReport
 
 LOW, HIGH = QuantScheme(2, 32), QuantScheme(4, 32)
 RECIPE = Recipe(

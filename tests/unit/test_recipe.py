@@ -9,8 +9,8 @@ from lwquant.errors import LwquantError
 from lwquant.importance import positions
 from lwquant.quantizers import gptq, quantease, rtn
 from lwquant.recipe import Recipe, load_recipe, metric_of, rounding_of
+from lwquant.scheme import QuantScheme
 from lwquant.stages import EFFORTS, merged
-from lwquant.types import QuantScheme
 
 
 def test_the_default_recipe_is_the_recipe_class_with_its_defaults():

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.quantizers import rtn
+from lwquant.scheme import QuantScheme
 from lwquant.sensitivity import output_error, relevance
 from lwquant.sensitivity.relevance_rules import RelevanceRules
-from lwquant.types import QuantScheme
 
 SCHEMES = (QuantScheme(2, 32), QuantScheme(4, 32), QuantScheme(16))
 

@@ -5,7 +5,7 @@ import torch
 
 from lwquant.ops.scale_bytes import decode_scales, encode_scales, window_floor
 from lwquant.quantizers.grid import fit_grid, in_window, storable_scale
-from lwquant.types import QuantScheme
+from lwquant.scheme import QuantScheme
 
 BYTES, HALVES = QuantScheme(3, 16, scale_bits=8), QuantScheme(3, 16)
 

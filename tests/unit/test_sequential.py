@@ -17,9 +17,10 @@ from lwquant.model.checkpoint import open_checkpoint
 from lwquant.model.decoder import Decoder
 from lwquant.model.structure import get_weight, set_weight
 from lwquant.quantizers import gptq, rtn
+from lwquant.scheme import QuantScheme
 from lwquant.sequential import quantize_blocks
 from lwquant.streams import Streams
-from lwquant.types import QuantizedWeight, QuantScheme
+from lwquant.types import QuantizedWeight
 
 SCHEME = QuantScheme(3, 32)
 N = 3  # of 6 windows, in chunks of two
