@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,7 @@ class Inspection:
             "metric": dict(self.record.metric),
             "notes": list(self.record.notes),
             "linears": {
-                name: {
-                    "bits": linear.bits,
-                    "group_size": linear.group_size,
-                    "codebook": linear.codebook,
-                    "metric_cost": linear.cost,
-                }
+                name: {**asdict(linear.scheme), "metric_cost": linear.cost}
                 for name, linear in self.record.linears.items()
             },
         }

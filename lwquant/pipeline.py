@@ -240,7 +240,7 @@ def _quantize_and_save(
             size_bytes=size_bytes,
             original_size_bytes=opened.source.size_bytes,
             linears={
-                name: LinearRecord(**asdict(scheme), cost=plan.costs.get(name))
+                name: LinearRecord(scheme, plan.costs.get(name))
                 for name, scheme in plan.schemes.items()
             },
             transform=opened.transform,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -150,6 +152,26 @@ class QuantScheme:
             fine_zeros=match["fine"] is not None,
             outliers=int(match["outliers"] or 0),
         )
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, object]) -> QuantScheme:
+        """The scheme of fields by name, as JSON has them; other keys are not looked at.
+
+        Fields that are absent have their defaults. Raises ValueError where `bits` is missing, a
+        value has another type than its field, or there is no such scheme.
+
+        >>> QuantScheme.from_fields({"bits": 3, "cost": 0.5}).label
+        '3b-g64'
+        """
+        if "bits" not in values:
+            raise ValueError("bits is missing")
+        settings: dict[str, Any] = {}
+        for name, default in asdict(cls(FLOAT_BITS)).items():
+            value = values.get(name, cls.__dataclass_fields__[name].default)
+            if type(value) is not type(default):
+                raise ValueError(f"{name} is {value!r}, not of type {type(default).__name__}")
+            settings[name] = value
+        return cls(**settings)
 
     def nearest_codes(self, steps: Tensor, zeros: Tensor) -> Tensor:
         """Codes, whole float32 numbers, of weights in units of their scale.

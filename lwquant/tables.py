@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lwquant.scheme import WHOLE_ROW
 from lwquant.types import BitPlan, SensitivityReport
 
 if TYPE_CHECKING:  # these modules import what draws the tables
@@ -186,15 +185,10 @@ def print_inspection(found: Inspection) -> None:
         print(decoding(record.decode_bytes, record.decode_us))
     table(
         f"cost by {record.metric.get('name')}",
-        ["linear", "bits", "group", "cost"],
+        ["linear", "scheme", "cost"],
         [
-            [
-                name,
-                entry.codebook or entry.bits,
-                "row" if entry.group_size == WHOLE_ROW else entry.group_size,
-                "" if entry.cost is None else f"{entry.cost:.3g}",
-            ]
+            [name, entry.scheme.label, "" if entry.cost is None else f"{entry.cost:.3g}"]
             for name, entry in record.linears.items()
         ],
     )
-    print_widths({name: entry.bits for name, entry in record.linears.items()})
+    print_widths({name: entry.scheme.bits for name, entry in record.linears.items()})

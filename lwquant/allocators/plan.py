@@ -147,16 +147,8 @@ def read_plan(path: Path, linears: Sequence[LinearSpec]) -> BitPlan:
     for spec in linears:
         entry = entries[spec.name]
         try:
-            scheme = QuantScheme(
-                int(entry["bits"]),
-                int(entry.get("group_size", 64)),
-                bool(entry.get("symmetric")),
-                int(entry.get("scale_bits", 16)),
-                codebook=str(entry.get("codebook", "")),
-                fine_zeros=bool(entry.get("fine_zeros")),
-                outliers=int(entry.get("outliers", 0)),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            scheme = QuantScheme.from_fields(entry)
+        except (ValueError, TypeError) as error:
             raise PlanError(f"{path}: {spec.name}: {error}") from error
         schemes[spec.name] = scheme
         if "cost" in entry:

@@ -202,7 +202,7 @@ def plot_bits(plan: BitPlan | Any, path: Path, *, model: str = "") -> None:
         bits = {name: scheme.bits for name, scheme in plan.schemes.items()}
         costs = dict(plan.costs)
     else:
-        bits = {name: linear.bits for name, linear in plan.linears.items()}
+        bits = {name: linear.scheme.bits for name, linear in plan.linears.items()}
         costs = {n: linear.cost for n, linear in plan.linears.items() if linear.cost is not None}
         model = model or plan.base_model
     if not bits:

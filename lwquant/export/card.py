@@ -138,7 +138,7 @@ def _roles(linears: Mapping[str, LinearRecord]) -> str:
     """One row per role: how many linears it has, their mean width, and how often each width."""
     widths: dict[str, list[int]] = {}
     for name, linear in linears.items():
-        widths.setdefault(name.rsplit(".", 1)[-1], []).append(linear.bits)
+        widths.setdefault(name.rsplit(".", 1)[-1], []).append(linear.scheme.bits)
     rows = (
         (
             f"`{role}`",
@@ -152,7 +152,7 @@ def _roles(linears: Mapping[str, LinearRecord]) -> str:
 
 
 def _histogram(linears: Mapping[str, LinearRecord]) -> str:
-    counts = Counter(linear.bits for linear in linears.values())
+    counts = Counter(linear.scheme.bits for linear in linears.values())
     longest = max(counts.values())
     lines = [
         f"{width:>2} bits{' (float)' if width == FLOAT_BITS else '        '} "

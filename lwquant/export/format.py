@@ -133,14 +133,10 @@ def _parse_linear(name: str, entry: Any) -> QuantScheme:
     if not isinstance(entry, Mapping):
         raise CheckpointError(f"{where} is {entry!r}, not an object")
     _check_keys(where, entry, _LINEAR_KEYS)
-    for key, default in asdict(_FLOAT).items():
-        if type(entry[key]) is not type(default):
-            kind = type(default).__name__
-            raise CheckpointError(f"{where}: {key} is {entry[key]!r}, not of type {kind}")
     if entry["bits"] == FLOAT_BITS and dict(entry) != asdict(_FLOAT):
         raise CheckpointError(f"{where}: 16 bits have no groups, got {dict(entry)}")
     try:
-        scheme = QuantScheme(**entry)
+        scheme = QuantScheme.from_fields(entry)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
     if scheme.codebook and not entry["symmetric"]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lwquant.errors import OutputError
+from lwquant.scheme import QuantScheme
 
 RUN_FILE = "lwquant.json"
 EVALUATION_FILE = "evaluation.json"
@@ -35,14 +36,8 @@ class CalibrationRecord:
 class LinearRecord:
     """How one linear was stored, and the cost the metric predicted for that."""
 
-    bits: int
-    group_size: int
-    symmetric: bool
-    scale_bits: int
-    fine_zeros: bool
-    outliers: int
+    scheme: QuantScheme
     cost: float | None = None
-    codebook: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,23 +67,18 @@ class RunRecord:
 
     def to_json(self) -> str:
         """The text of lwquant.json; OutputError where a number is NaN or infinite."""
-        return _dump(self, RUN_FILE)
+        linears = {
+            name: {**asdict(linear.scheme), "cost": linear.cost}
+            for name, linear in self.linears.items()
+        }
+        return _dump({**asdict(self), "linears": linears}, RUN_FILE)
 
     @classmethod
     def from_json(cls, text: str, where: str = RUN_FILE) -> RunRecord:
         """Read what `to_json` wrote; OutputError names `where` and the first bad key."""
         keys = _Keys(_load(text, where), where)
         linears = {
-            name: LinearRecord(
-                bits=entry.get("bits", _integer),
-                group_size=entry.get("group_size", _integer),
-                symmetric=entry.get("symmetric", _boolean),
-                scale_bits=entry.get("scale_bits", _integer),
-                fine_zeros=entry.get("fine_zeros", _boolean),
-                outliers=entry.get("outliers", _integer),
-                cost=entry.optional("cost", _number),
-                codebook=entry.optional("codebook", _string) or "",
-            )
+            name: LinearRecord(entry.read(QuantScheme.from_fields), entry.optional("cost", _number))
             for name, entry in keys.children("linears")
         }
         return cls(
@@ -132,7 +122,7 @@ class EvaluationRecord:
 
     def to_json(self) -> str:
         """The text of evaluation.json; OutputError where a number is NaN or infinite."""
-        return _dump(self, EVALUATION_FILE)
+        return _dump(asdict(self), EVALUATION_FILE)
 
     @classmethod
     def from_json(cls, text: str, where: str = EVALUATION_FILE) -> EvaluationRecord:
@@ -190,6 +180,13 @@ class _Keys:
             value = repr(self._values[key])
             raise OutputError(f"{self._where}: {key!r} is {value:.60}, not {error}") from error
 
+    def read(self, make: Callable[[Mapping[str, Any]], T]) -> T:
+        """What `make` makes of the whole object, or its ValueError with where it is."""
+        try:
+            return make(self._values)
+        except ValueError as error:
+            raise OutputError(f"{self._where}: {error}") from error
+
     def optional(self, key: str, kind: Callable[[Any], T]) -> T | None:
         return None if self._values.get(key) is None else self.get(key, kind)
 
@@ -219,12 +216,6 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("true or false")
-    return value
-
-
 def _mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise TypeError("an object")
@@ -251,8 +242,8 @@ def _load(text: str, where: str) -> Any:
         raise OutputError(f"{where}: is not JSON: {error}") from error
 
 
-def _dump(record: RunRecord | EvaluationRecord, where: str) -> str:
+def _dump(record: Mapping[str, Any], where: str) -> str:
     try:
-        return json.dumps(asdict(record), indent=2, allow_nan=False) + "\n"
+        return json.dumps(record, indent=2, allow_nan=False) + "\n"
     except ValueError as error:
         raise OutputError(f"{where}: holds NaN or infinity, which JSON has no word for") from error

@@ -20,6 +20,7 @@ from lwquant.export.record import (
     read_evaluation,
     read_run,
 )
+from lwquant.scheme import QuantScheme
 
 BITS = {"layers.0.q_proj": 3, "layers.0.up_proj": 4, "layers.1.q_proj": 3, "layers.1.up_proj": 16}
 RECORD = RunRecord(
@@ -35,7 +36,9 @@ RECORD = RunRecord(
     bpw=3.497,
     size_bytes=80_000_000,
     original_size_bytes=270_000_000,
-    linears={name: LinearRecord(bits, 64, False, 8, False, 0, 0.5) for name, bits in BITS.items()},
+    linears={
+        name: LinearRecord(QuantScheme(bits, scale_bits=8), 0.5) for name, bits in BITS.items()
+    },
     notes=("damping raised | once",),
 )
 EVALUATION = EvaluationRecord(
@@ -111,7 +114,7 @@ def test_optional_fields_may_be_absent_and_unknown_ones_present():
         (["calibration"], [], "'calibration' is \\[\\], not an object"),
         (["calibration", "sha256"], None, "'calibration': 'sha256' is None, not a string"),
         (["linears", "layers.1.q_proj"], 3, "'layers.1.q_proj': is not a JSON object"),
-        (["linears", "layers.1.q_proj", "symmetric"], 0, "not true or false"),
+        (["linears", "layers.1.q_proj", "symmetric"], 0, "symmetric is 0, not of type bool"),
     ],
 )
 def test_a_malformed_value_is_named(path, value, told):

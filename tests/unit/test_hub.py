@@ -16,6 +16,7 @@ from lwquant.errors import OutputError
 from lwquant.export.folder import MANIFEST, verify, write_manifest
 from lwquant.export.hub import push_to_hub
 from lwquant.export.record import CalibrationRecord, EvaluationRecord, LinearRecord, RunRecord
+from lwquant.scheme import QuantScheme
 
 # huggingface_hub 2.4 uploads over LFS with an argument that httpx2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -35,7 +36,7 @@ RECORD = RunRecord(
     bpw=3.497,
     size_bytes=2000,
     original_size_bytes=8000,
-    linears={"layers.0.q_proj": LinearRecord(3, 64, False, 8, False, 0, 0.5)},
+    linears={"layers.0.q_proj": LinearRecord(QuantScheme(3, scale_bits=8), 0.5)},
 )
 EVALUATION = EvaluationRecord("t.txt", 21.5, 6132, 3.497, 2000, 18.25, 0.12, 0.875)
 

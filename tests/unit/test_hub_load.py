@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -80,7 +80,7 @@ def quantized(folder: Path) -> Path:
         bpw=bpw,
         size_bytes=n_bytes,
         original_size_bytes=(TINY / "model.safetensors").stat().st_size,
-        linears={name: LinearRecord(**asdict(scheme)) for name, scheme in schemes.items()},
+        linears={name: LinearRecord(scheme) for name, scheme in schemes.items()},
     )
     (folder / "lwquant.json").write_text(record.to_json())
     write_manifest(folder)

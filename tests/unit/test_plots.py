@@ -10,6 +10,7 @@ import pytest
 from lwquant.errors import OutputError
 from lwquant.evaluation import plot
 from lwquant.evaluation.plot import plot_agreement, plot_bits, plot_sweep
+from lwquant.export.record import LinearRecord
 from lwquant.scheme import QuantScheme
 from lwquant.types import BitPlan
 
@@ -146,12 +147,10 @@ def test_blocks_of_different_kinds_leave_cells_empty(tmp_path, figures):
 
 
 def test_a_folders_record_is_drawn_like_the_plan_it_came_from(tmp_path, figures):
-    @dataclass
-    class Linear:
-        bits: int
-        cost: float | None = None
-
-    linears = {"m.0.q": Linear(4, 0.1), "m.1.q": Linear(16)}
+    linears = {
+        "m.0.q": LinearRecord(QuantScheme(4), 0.1),
+        "m.1.q": LinearRecord(QuantScheme(16)),
+    }
     plot_bits(Record(linears, 4.3, "/home/ann/smol"), tmp_path / "bits.png")
     assert figures[0].get_suptitle() == "Where the bits go: smol"
     assert [text.get_text() for text in figures[0].axes[0].texts] == ["4", "16"]
