@@ -222,7 +222,7 @@ def test_the_bnb_recipe_mixes_nf4_with_int8_rows_and_the_result_runs(
     assert found["quantizer"] == {"name": "bnb"}
     assert {entry["codebook"] for entry in found["linears"].values()} == {"nf4", ""}
     records = inspect_folder(result.folder).linears
-    assert all(records[n].codebook == s.codebook for n, s in result.plan.schemes.items())
+    assert all(records[n].scheme.codebook == s.codebook for n, s in result.plan.schemes.items())
     # The plan that was written is one that can be read, and refused by what has no such codes.
     plan = {"plan": result.folder / "plan.json"}
     again = quantized(
