@@ -102,7 +102,8 @@ def run(name: str) -> Row:
     from lwquant.held_out import measure_plan
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
-    from lwquant.recipe import load_recipe, rounding_of
+    from lwquant.recipe import load_recipe
+    from lwquant.rounding import rounding_of
 
     sys.path.insert(0, str(HERE))
     from smollm2 import fetch

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lwquant.held_out import measure_on
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
-from lwquant.recipe import Rounding
+from lwquant.rounding import Rounding
 from lwquant.scheme import QuantScheme
 from lwquant.types import BitPlan
 

@@ -14,7 +14,7 @@ from lwquant.guidance import guidance
 from lwquant.model.decoder import Decoder
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress, silent
-from lwquant.recipe import Rounding
+from lwquant.rounding import Rounding
 from lwquant.sequential import QuantizedLinearResult, quantize_blocks
 from lwquant.streams import Streams
 from lwquant.types import BitPlan

@@ -18,7 +18,8 @@ from lwquant.held_out import measure_on
 from lwquant.massive_channels import check_roles
 from lwquant.prepare import OpenModel, Windows, prepare_tokens
 from lwquant.progress import Progress
-from lwquant.recipe import Recipe, Rounding
+from lwquant.recipe import Recipe
+from lwquant.rounding import Rounding
 from lwquant.sensitivity.report import write_report
 from lwquant.stages import measure
 from lwquant.types import BitPlan, SensitivityReport

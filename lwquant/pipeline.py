@@ -38,13 +38,12 @@ from lwquant.prepare import OpenModel, Windows, bpw_of_size, open_model, prepare
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import (
     Recipe,
-    Rounding,
     allocator_of,
     metric_of,
-    refuse_schemes,
     transform_of,
 )
 from lwquant.remeasure import remeasured_plan
+from lwquant.rounding import Rounding, refuse_schemes
 from lwquant.search import smallest_plan
 from lwquant.sensitivity.report import read_report, write_report
 from lwquant.sequential import QuantizedLinearResult

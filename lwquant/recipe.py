@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lwquant.allocators import ALLOCATORS
 from lwquant.codebooks import CODE_BITS
-from lwquant.corrections import CORRECTIONS
 from lwquant.decode_times import BENCHMARK, DecodeTimes, read_decode_times
 from lwquant.errors import LwquantError
-from lwquant.importance import IMPORTANCES, TokenWeighting
-from lwquant.methods import base_of
-from lwquant.quantizers import QUANTIZERS, Quantizer, bnb, refuse_scheme, without_descent
-from lwquant.quantizers.bnb import require_bitsandbytes
+from lwquant.methods import Method, base_of, look_up
+from lwquant.quantizers import QUANTIZERS, Quantizer, without_descent
+from lwquant.rounding import Rounding, refuse_schemes, rounding_of, weighting_of
 from lwquant.scheme import FLOAT_BITS, WHOLE_ROW, WIDTHS, QuantScheme
 from lwquant.sensitivity import METRICS
 from lwquant.transforms import TRANSFORMS
-from lwquant.types import Records
 
 UNCLIPPING = (QUANTIZERS["gptq"], QUANTIZERS["quantease"])  # can spare rows the range search
-
-Method = str | Mapping[str, Any] | Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,6 @@ class Recipe:
     quantizer: Method = "quantease"
     correction: Method = "qep"
     token_importance: Method = "none"  # how much each calibration token counts; see importance/
-    importance_floor: float = 0.1  # least weight in a window, as a share of the largest
     guided: int = 0  # groups of each linear's rows with weights of their own; see guidance.py
     expand: int = 1  # times each calibration window is used, shifted around further each time
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 16)
@@ -82,8 +75,6 @@ class Recipe:
             raise LwquantError(f"polish needs n_samples of at least 2, not {self.n_samples}")
         if not 1 <= self.sensitivity_samples:
             raise LwquantError(f"sensitivity_samples={self.sensitivity_samples} must be positive")
-        if not 0 <= self.importance_floor <= 1:
-            raise LwquantError(f"importance_floor={self.importance_floor} must be in [0, 1]")
         if not 0 <= self.unclipped_qk <= 1:
             raise LwquantError(f"unclipped_qk={self.unclipped_qk} must be in [0, 1]")
         if self.expand > self.seq_len:
@@ -108,7 +99,7 @@ class Recipe:
                     "machine that is to decode"
                 )
         refuse_schemes(
-            _look_up("quantizer", QUANTIZERS, self.quantizer), self.polish, self.schemes()
+            look_up("quantizer", QUANTIZERS, self.quantizer), self.polish, self.schemes()
         )
 
     def schemes(self) -> tuple[QuantScheme, ...]:
@@ -145,7 +136,7 @@ class Recipe:
             raise LwquantError(
                 f"unclipped_qk={self.unclipped_qk} needs quantizer 'gptq' or 'quantease'"
             )
-        weighting = weighting_of(self.token_importance, self.importance_floor)
+        weighting = weighting_of(self.token_importance)
         if weighting is not None and self.guided:
             raise LwquantError(
                 f"guided={self.guided} and a token_importance both say how much each token counts: "
@@ -248,92 +239,13 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
 
 
 def metric_of(method: Method) -> Callable[..., Any]:
-    return _look_up("metric", METRICS, method)
+    return look_up("metric", METRICS, method)
 
 
 def transform_of(method: Method) -> Callable[..., Any] | None:
     """The transform, or None where the recipe says "none"."""
-    return _look_up("transform", {**TRANSFORMS, "none": None}, method)
+    return look_up("transform", {**TRANSFORMS, "none": None}, method)
 
 
 def allocator_of(method: Method) -> Callable[..., Any]:
-    return _look_up("allocator", ALLOCATORS, method)
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """The quantizer and the correction of a run, made to fit each other, and what follows them."""
-
-    quantizer: Callable[..., Any]
-    correction: Callable[..., Any] | None
-    records: Records
-    weighting: TokenWeighting | None = None  # of the calibration tokens
-    guided: int = 0  # groups of rows with statistics of their own; 0: all tokens count the same
-    polish: int = 0  # steps of learned rounding per block
-    unclipped_qk: float = 0.0  # share of the rows of queries and keys that keep their full range
-
-
-def refuse_schemes(
-    quantizer: Callable[..., Any], polish: int, schemes: Iterable[QuantScheme]
-) -> None:
-    """LwquantError for the first scheme that the quantizer or learned rounding cannot handle."""
-    for scheme in schemes:
-        if polish and scheme.codebook:
-            raise LwquantError(
-                f"polish={polish} learns codes of even steps, which scheme {scheme.label} has not"
-            )
-        try:
-            refuse_scheme(quantizer, scheme)
-        except ValueError as error:
-            raise LwquantError(str(error)) from error
-
-
-def rounding_of(quantizer: Method, correction: Method) -> Rounding:
-    """Resolve both. "gptaq" is GPTQ's own asymmetric term, so it needs GPTQ and excludes QEP.
-
-    LwquantError for unknown names, and for bnb where bitsandbytes is missing.
-    """
-    resolved = _look_up("quantizer", QUANTIZERS, quantizer)
-    if resolved is bnb:
-        require_bitsandbytes()
-    named = {"name": correction} if isinstance(correction, str) else correction
-    if isinstance(named, Mapping) and named.get("name") == "none":
-        return Rounding(resolved, None, "inputs")
-    if isinstance(named, Mapping) and named.get("name") == "gptaq":
-        if base_of(resolved) is not QUANTIZERS["gptq"]:
-            raise LwquantError("correction 'gptaq' is a term inside GPTQ: use quantizer 'gptq'")
-        strength = float(named.get("strength", 0.25))
-        return Rounding(partial(resolved, asymmetry=strength), None, "all")
-    choices = {**CORRECTIONS, "none": None, "gptaq": None}
-    found = _look_up("correction", choices, correction)
-    return Rounding(resolved, found, _records_of(found))
-
-
-def _records_of(correction: Callable[..., Any]) -> Records:
-    base, settings = correction, {}
-    if isinstance(correction, partial):
-        base, settings = correction.func, correction.keywords
-    as_it_is = base is CORRECTIONS["qep"] and settings.get("repair_residual", True)
-    return "owed" if as_it_is else "all"
-
-
-def weighting_of(token_importance: Method, floor: float) -> TokenWeighting | None:
-    """How tokens are weighted, None where all count the same."""
-    named = {"name": token_importance} if isinstance(token_importance, str) else token_importance
-    if isinstance(named, Mapping) and named.get("name") == "none":
-        return None
-    choices = {**IMPORTANCES, "none": None}
-    try:
-        return TokenWeighting(_look_up("token_importance", choices, token_importance), floor)
-    except (TypeError, ValueError) as error:
-        raise LwquantError(str(error)) from error
-
-
-def _look_up(family: str, listed: Mapping[str, Any], method: Method) -> Callable[..., Any]:
-    if callable(method):
-        return method
-    settings: dict[str, Any] = {"name": method} if isinstance(method, str) else dict(method)
-    name = str(settings.pop("name", None))
-    if name not in listed:
-        raise LwquantError(f"unknown {family} {name!r}; there are {', '.join(sorted(listed))}")
-    return partial(listed[name], **settings) if settings else listed[name]
+    return look_up("allocator", ALLOCATORS, method)

@@ -9,7 +9,7 @@ from lwquant.allocators.problem import problem_of
 from lwquant.held_out import measure_on
 from lwquant.prepare import OpenModel, Windows
 from lwquant.progress import Progress
-from lwquant.recipe import Rounding
+from lwquant.rounding import Rounding
 from lwquant.types import BitPlan, SensitivityReport
 
 TOLERANCE_BPW = 0.03

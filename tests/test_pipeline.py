@@ -28,7 +28,8 @@ from lwquant.errors import (
 from lwquant.export.folder import verify
 from lwquant.held_out import measure_plan
 from lwquant.inspection import inspect_folder
-from lwquant.recipe import Recipe, rounding_of
+from lwquant.recipe import Recipe
+from lwquant.rounding import rounding_of
 from lwquant.scheme import QuantScheme
 from lwquant.streams import first_half
 

@@ -23,7 +23,7 @@ class TokenWeighting:
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
-            raise ValueError(f"importance_floor={self.floor} must be between 0 and 1")
+            raise ValueError(f"floor={self.floor} must be between 0 and 1")
 
     def __call__(self, view: BlockView) -> Tensor:
         """Weights (n_samples, seq_len) of the tokens in this block's statistics."""

@@ -77,7 +77,7 @@ def test_weights_are_the_scores_mapped_window_by_window():
 
 @pytest.mark.parametrize("floor", [-0.1, 1.5])
 def test_a_floor_that_is_no_share_is_refused(floor):
-    with pytest.raises(ValueError, match=f"importance_floor={floor}"):
+    with pytest.raises(ValueError, match=f"floor={floor} must be"):
         TokenWeighting(activation_norm, floor)
 
 

@@ -14,7 +14,8 @@ from lwquant.codebooks import CODEBOOKS
 from lwquant.errors import LwquantError
 from lwquant.quantizers import bnb, rtn
 from lwquant.quantizers import bnb as bnb_quantizer
-from lwquant.recipe import Recipe, load_recipe, rounding_of
+from lwquant.recipe import Recipe, load_recipe
+from lwquant.rounding import rounding_of
 from lwquant.scheme import WHOLE_ROW, QuantScheme
 
 bnb_file = sys.modules[bnb_quantizer.__module__]

@@ -8,7 +8,8 @@ from lwquant.corrections import error_propagation
 from lwquant.errors import LwquantError
 from lwquant.importance import positions
 from lwquant.quantizers import gptq, quantease, rtn
-from lwquant.recipe import Recipe, load_recipe, metric_of, rounding_of
+from lwquant.recipe import Recipe, load_recipe, metric_of
+from lwquant.rounding import rounding_of
 from lwquant.scheme import QuantScheme
 from lwquant.stages import EFFORTS, merged
 
@@ -78,8 +79,6 @@ def test_more_group_sizes_make_a_finer_menu_whose_steps_only_grow(tmp_path):
         ("expand = 0", "expand=0"),
         ("expand = 600", "expand=600 is above seq_len=512"),
         ("expand = 1.5", "expand"),
-        ("importance_floor = 2", "importance_floor=2"),
-        ('importance_floor = "low"', "recipe"),
         ("guided = -1", "guided=-1 must be at least 0"),
         ("guided = 0.5", "guided must be a whole number"),
         ("polish = -1", "polish=-1 must be at least 0"),
@@ -115,8 +114,8 @@ def test_unknown_names_are_refused_with_the_known_ones():
 def test_a_recipe_says_how_tokens_are_weighted():
     assert Recipe().rounding().weighting is None
     assert Recipe(token_importance={"name": "none"}).rounding().weighting is None
-    named = {"name": "positions", "last": 0.25}
-    recipe = Recipe(token_importance=named, importance_floor=0.02, correction="none")
+    named = {"name": "positions", "last": 0.25, "floor": 0.02}
+    recipe = Recipe(token_importance=named, correction="none")
     rounding = recipe.rounding()
     assert rounding.correction is None and rounding.quantizer is quantease
     assert rounding.weighting.floor == 0.02
@@ -124,6 +123,9 @@ def test_a_recipe_says_how_tokens_are_weighted():
     assert rounding.weighting.score.keywords == {"last": 0.25}
     with pytest.raises(LwquantError, match="unknown token_importance 'magic'; there are .*none"):
         Recipe(token_importance="magic").rounding()
+    for floor in (2, "low"):
+        with pytest.raises(LwquantError, match="floor"):
+            Recipe(token_importance={"name": "positions", "floor": floor}).rounding()
 
 
 def test_tokens_are_weighted_by_gradients_or_by_an_importance_not_both():
