@@ -81,7 +81,7 @@ def weighting_of(token_importance: Method) -> TokenWeighting | None:
     for unknown names and settings.
     """
     named = {"name": token_importance} if isinstance(token_importance, str) else token_importance
-    floor = TokenWeighting.floor
+    floor: Any = TokenWeighting.floor
     if isinstance(named, Mapping):
         if named.get("name") == "none":
             return None
