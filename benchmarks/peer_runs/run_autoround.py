@@ -12,7 +12,7 @@ import json
 
 import auto_round
 import torch
-from auto_round import AutoRound, AutoScheme
+from auto_round import AutoRound, AutoScheme, calib_dataset
 from auto_round.auto_scheme import delta_loss
 from auto_round.schemes import QuantizationScheme
 from shared import Job, gptq_weight, hand_back, own_logits, read_job, stored_bits, stored_tensors
@@ -36,8 +36,10 @@ def main() -> None:
             ignore_scale_zp_bits=True,
         )
         use_our_tokens(job)
+        dataset = "pile-10k"  # AutoScheme takes names only; ours come by use_our_tokens()
     else:
         chosen = scheme(wanted["bits"])
+        dataset = list(job.calibration[:, None])
     rounding = AutoRound(
         str(job.model),
         tokenizer=AutoTokenizer.from_pretrained(job.model),
@@ -45,7 +47,7 @@ def main() -> None:
         iters=wanted.get("iterations", 0),
         nsamples=len(job.calibration),
         seqlen=job.calibration.shape[1],
-        dataset=list(job.calibration[:, None]),
+        dataset=dataset,
         device_map="cpu",
         enable_torch_compile=False,
     )
@@ -80,7 +82,7 @@ def main() -> None:
 
 
 def use_our_tokens(job: Job) -> None:
-    """AutoScheme reads its texts by name; give it our windows, cut to the length that it asks."""
+    """AutoRound reads texts by name for AutoScheme: hand it our windows, cut to what it asks."""
 
     def batches(tokenizer, seqlen, dataset_name=None, seed=42, bs=1, nsamples=16, **settings):
         windows = job.calibration[:nsamples, :seqlen]
@@ -89,7 +91,7 @@ def use_our_tokens(job: Job) -> None:
             for part in windows.split(bs)
         ]
 
-    delta_loss.get_dataloader = batches
+    delta_loss.get_dataloader = calib_dataset.get_dataloader = batches
 
 
 if __name__ == "__main__":
