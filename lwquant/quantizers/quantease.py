@@ -19,13 +19,14 @@ from torch import Tensor
 
 from lwquant.methods import base_of
 from lwquant.ops.rounding import round_columns
-from lwquant.quantizers.gptq import gptq
+from lwquant.quantizers.gptq import gptq, shrunk
 from lwquant.quantizers.grid import Grid, even_steps_only, fit_grid
 from lwquant.quantizers.outliers import largest_eigenvalue, refit_outliers, top_entries
 from lwquant.quantizers.scales import refit_scales
 from lwquant.scheme import QuantScheme
 from lwquant.types import LayerStats, Outliers, QuantizedWeight
 
+SHRINKAGE = 0.35  # of the correlations that the descent leans on; see the README's ablation
 RELAXED_EVERY = 3  # from unrounded weights, every third sweep moves them without rounding
 
 
@@ -38,10 +39,14 @@ def quantease(
     sweeps: int = 4,
     refit: bool = True,
     damping: float = 0.01,
+    shrinkage: float = SHRINKAGE,
     search: bool = True,
     unclipped: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Quantize one linear by descent on tr((Ŵ − W)(H + damping·mean(diag H)·I)(Ŵ − W)ᵀ).
+    """Quantize one linear by descent on tr((Ŵ − W)(S + damping·mean(diag H)·I)(Ŵ − W)ᵀ).
+
+    S is the Hessian H with weaker correlations, see shrunk(): a descent leans on them more than
+    GPTQ does.
 
     Where the scheme has outliers they are part of Ŵ. They lie wherever in the linear they do most,
     so that the rows are not independent of each other then.
@@ -53,19 +58,27 @@ def quantease(
             paper's: from the weight itself, with relaxed sweeps that do not round in between.
         sweeps: over all columns. The last one always rounds.
         refit: fit the scales to the codes after each rounding sweep.
-        search, unclipped: as for gptq(). A refit, which could clip again, leaves the scales of
-            unclipped rows as they are.
+        damping, shrinkage, search, unclipped: as for gptq(). A refit, which could clip again,
+            leaves the scales of unclipped rows as they are.
 
     Raises ValueError as gptq() does, and for a codebook.
     """
     even_steps_only(scheme)
-    hessian, order = _damped(stats, weight.device, damping)
+    hessian, order = _damped(stats, weight.device, damping, shrinkage)
     n_outliers, plain = scheme.n_outliers(*weight.shape), scheme.without_outliers
     apart = top_entries(weight.float(), n_outliers)
     target = weight.float() - apart
     eigenvalue = largest_eigenvalue(hessian) if n_outliers else None
     if start == "gptq":
-        begun = gptq(target, stats, plain, damping=damping, search=search, unclipped=unclipped)
+        begun = gptq(
+            target,
+            stats,
+            plain,
+            damping=damping,
+            shrinkage=shrinkage,
+            search=search,
+            unclipped=unclipped,
+        )
         grid = Grid(plain, begun.scales.float(), begun.zero_points)
         current, notes = begun.dequantize(), begun.notes
     else:
@@ -106,13 +119,15 @@ def without_descent(quantizer: Callable[..., Any]) -> Callable[..., Any]:
     if base_of(quantizer) is not quantease or settings.get("start", "gptq") != "gptq":
         return quantizer
     shared = {key: settings[key] for key in ("damping", "search") if key in settings}
-    return partial(gptq, **shared) if shared else gptq
+    return partial(gptq, shrinkage=settings.get("shrinkage", SHRINKAGE), **shared)
 
 
 @lru_cache(maxsize=1)
-def _damped(stats: LayerStats, device: torch.device, damping: float) -> tuple[Tensor, Tensor]:
-    """The damped Hessian, and the columns by falling diagonal; linears share it as in gptq()."""
-    hessian = stats.hessian.to(device, torch.float32)
+def _damped(
+    stats: LayerStats, device: torch.device, damping: float, shrinkage: float
+) -> tuple[Tensor, Tensor]:
+    """The Hessian of the descent and the columns by falling diagonal; linears share it."""
+    hessian = shrunk(stats.hessian.to(device, torch.float32), shrinkage)
     mean = hessian.diagonal().mean()
     ridge = damping * mean if mean > 0 else torch.ones_like(mean)
     damped = hessian + ridge * torch.eye(len(hessian), device=device)

@@ -10,7 +10,7 @@ from oracles import obs_codes, proxy_loss
 
 from lwquant.codebooks import CODEBOOKS
 from lwquant.ops.scale_bytes import decode_scales, encode_scales
-from lwquant.quantizers import QUANTIZERS, gptq, refuse_scheme, rtn
+from lwquant.quantizers import QUANTIZERS, gptq, quantease, refuse_scheme, rtn
 from lwquant.quantizers.gptq import inverse_cholesky
 from lwquant.quantizers.grid import fit_grid, fit_line
 from lwquant.scheme import WHOLE_ROW, QuantScheme
@@ -204,12 +204,15 @@ def test_scales_beyond_float16_are_refused(name, scheme):
 
 @every_width
 @pytest.mark.parametrize("act_order", [False, True])
-def test_gptq_matches_column_by_column_least_squares(bits, act_order):
+@pytest.mark.parametrize("shrinkage", [0.0, 0.35])
+def test_gptq_matches_column_by_column_least_squares(bits, act_order, shrinkage):
     weight, stats = make_layer(6, 20)
     scheme = QuantScheme(bits, 8)
-    damping = 0.01
-    got = gptq(weight, stats, scheme, damping=damping, act_order=act_order)
-    damped = stats.hessian + damping * stats.hessian.diagonal().mean() * torch.eye(20)
+    got = gptq(weight, stats, scheme, damping=0.02, shrinkage=shrinkage, act_order=act_order)
+    damped = stats.hessian + 0.02 * stats.hessian.diagonal().mean() * torch.eye(20)
+    for row, column in product(range(20), repeat=2):
+        if row != column:
+            damped[row, column] *= 1 - shrinkage
     expand = torch.arange(20) // 8
     order = list(range(20))
     if act_order:
@@ -252,6 +255,14 @@ def test_gptq_crosses_its_lazy_blocks_without_a_seam():
     scales, zeros = got.scales.float()[:, expand], got.zeros.float()[:, expand]
     wanted = obs_codes(weight, damped, scales, zeros, scheme.max_code, list(range(300)))
     assert (got.codes.double() != wanted).float().mean() <= 0.02
+
+
+@pytest.mark.parametrize("shrinkage", [-0.1, 1.1])
+@pytest.mark.parametrize("quantizer", [gptq, quantease])
+def test_a_shrinkage_that_is_no_share_is_refused(quantizer, shrinkage):
+    weight, stats = make_layer()
+    with pytest.raises(ValueError, match=f"shrinkage={shrinkage} must be between 0 and 1"):
+        quantizer(weight, stats, QuantScheme(3, 16), shrinkage=shrinkage)
 
 
 def test_gptq_with_a_diagonal_hessian_is_plain_rounding_on_the_same_grid():

@@ -10,7 +10,7 @@ import lwquant.quantizers.outliers as outliers
 from lwquant.quantizers import gptq, quantease
 from lwquant.quantizers.grid import fit_grid
 from lwquant.quantizers.outliers import largest_eigenvalue, refit_outliers, top_entries
-from lwquant.quantizers.quantease import sweep
+from lwquant.quantizers.quantease import SHRINKAGE, sweep
 from lwquant.scheme import QuantScheme
 from lwquant.types import LayerStats
 
@@ -26,9 +26,11 @@ def make_layer(out_features=8, in_features=24, n=96, seed=0):
     return weight, LayerStats(inputs.T @ inputs, None, n)
 
 
-def damped(stats, damping=0.01):
-    ridge = damping * stats.hessian.diagonal().mean()
-    return stats.hessian + ridge * torch.eye(len(stats.hessian))
+def damped(stats, shrinkage=SHRINKAGE):
+    """The Hessian that quantease() descends on."""
+    own = torch.diag(stats.hessian.diagonal())
+    ridge = 0.01 * stats.hessian.diagonal().mean() * torch.eye(len(own))
+    return (1 - shrinkage) * stats.hessian + shrinkage * own + ridge
 
 
 def test_the_eigenvalue_is_the_largest_and_a_little_above():
@@ -117,7 +119,7 @@ def test_each_sweep_gains_and_outliers_pay_on_heavy_tails(bits, start):
     errors = []
     if start == "gptq":
         apart = top_entries(weight, n)
-        begun = gptq(weight - apart, stats, scheme.without_outliers)
+        begun = gptq(weight - apart, stats, scheme.without_outliers, shrinkage=SHRINKAGE)
         errors.append(proxy_loss(weight, begun.dequantize() + apart, damped(stats)))
     for sweeps in (1, 4, 7) if start == "weight" else (1, 2, 4):
         got = quantease(weight, stats, scheme, start=start, sweeps=sweeps)

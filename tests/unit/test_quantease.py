@@ -8,7 +8,7 @@ from oracles import proxy_loss
 
 from lwquant.quantizers import gptq, quantease, rtn, without_descent
 from lwquant.quantizers.grid import fit_grid
-from lwquant.quantizers.quantease import sweep
+from lwquant.quantizers.quantease import SHRINKAGE, sweep
 from lwquant.quantizers.scales import refit_scales
 from lwquant.scheme import QuantScheme
 from lwquant.types import LayerStats
@@ -26,9 +26,11 @@ def stats_of(inputs):
     return LayerStats(inputs.T @ inputs, None, len(inputs))
 
 
-def damped(stats, damping=0.01):
-    ridge = damping * stats.hessian.diagonal().mean()
-    return stats.hessian + ridge * torch.eye(len(stats.hessian))
+def damped(stats, shrinkage=SHRINKAGE):
+    """The Hessian that quantease() descends on."""
+    own = torch.diag(stats.hessian.diagonal())
+    ridge = 0.01 * stats.hessian.diagonal().mean() * torch.eye(len(own))
+    return (1 - shrinkage) * stats.hessian + shrinkage * own + ridge
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -86,17 +88,18 @@ def test_a_sweep_is_the_textbook_one():
 def test_from_the_weight_relaxed_sweeps_lead_below_plain_rounding_and_end_on_the_grid():
     weight, inputs = make_layer(8, 64, 256)
     stats, scheme = stats_of(inputs), QuantScheme(3, 16)
-    got = quantease(weight, stats, scheme, start="weight", sweeps=9, refit=False)
+    settings = {"start": "weight", "sweeps": 9, "refit": False, "shrinkage": 0.0}
+    got = quantease(weight, stats, scheme, **settings)
+    hessian = damped(stats, 0)
     grid = fit_grid(weight, scheme, stats.hessian.diagonal())
-    plain = proxy_loss(weight, grid.dequantize(grid.round(weight)), damped(stats))
-    assert proxy_loss(weight, got.dequantize(), damped(stats)) < 0.6 * plain
+    plain = proxy_loss(weight, grid.dequantize(grid.round(weight)), hessian)
+    assert proxy_loss(weight, got.dequantize(), hessian) < 0.6 * plain
     assert torch.equal(got.scales, grid.scales.half())
-    hessian = damped(stats)
     order = torch.argsort(hessian.diagonal(), descending=True)
     wanted = weight
     for rounding in (grid, None, grid):  # the second of three sweeps is relaxed
         wanted = sweep(weight, wanted, hessian, rounding, order)
-    short = quantease(weight, stats, scheme, start="weight", sweeps=3, refit=False)
+    short = quantease(weight, stats, scheme, **settings | {"sweeps": 3})
     assert torch.equal(short.codes, grid.round(wanted).byte())
 
 
@@ -153,8 +156,10 @@ def test_a_refit_keeps_the_scales_of_rows_that_it_cannot_improve():
 
 
 def test_costs_are_measured_with_what_the_descent_starts_from():
-    assert without_descent(quantease) is gptq
-    kept = without_descent(partial(quantease, sweeps=2, damping=0.1, search=False))
-    assert kept.func is gptq and kept.keywords == {"damping": 0.1, "search": False}
+    begun = without_descent(quantease)
+    assert begun.func is gptq and begun.keywords == {"shrinkage": SHRINKAGE}
+    kept = without_descent(partial(quantease, sweeps=2, damping=0.1, search=False, shrinkage=0))
+    wanted = {"damping": 0.1, "search": False, "shrinkage": 0}
+    assert kept.func is gptq and kept.keywords == wanted
     for other in (rtn, gptq, partial(gptq, damping=0.1), partial(quantease, start="weight")):
         assert without_descent(other) is other
