@@ -32,6 +32,7 @@ SHARED = HERE.parent.parent / "shared"
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "scales in 16 bits": {"scale_bits": 16},
+    "correlations as calibrated": {"quantizer": {"name": "quantease", "shrinkage": 0.0}},
     "whole zeros": {"fine_zeros": ()},
     "fine zeros at 2 and 3 bits": {"fine_zeros": (2, 3)},
     "uniform plan": {"allocator": "uniform"},

@@ -29,7 +29,6 @@ from smollm2 import fetch
 CSV = RESULTS / "tasks.csv"
 MADE = WORK / "tasks"
 LIMIT = 1000
-THREADS = 2
 TEXT = DATA / "wikitext-2-raw-test.txt"
 TASK_FILES = {"lambada": DATA / "lambada_openai.jsonl", "arc": DATA / "arc_easy.jsonl"}
 SETTINGS = {"sources": (str(DATA / "c4.utf8"), str(DATA / "wiki.utf8")), "held_out": 2}
@@ -76,14 +75,14 @@ class Row:
         return [bit == "1" for bit in f"{int(self.right, 16):0{self.examples}b}"]
 
 
-def run(name: str, limit: int) -> list[Row]:
+def run(name: str, limit: int, threads: int) -> list[Row]:
     """Make the model where it is not there yet, and measure it in this process."""
     import torch
 
     import lwquant
     from lwquant.progress import StderrProgress
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     original = fetch(WORK)
     model, quantized = (original, "") if name == "original" else make(name, original)
     measured = lwquant.evaluate(
@@ -213,16 +212,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--limit", type=int, default=LIMIT, help="examples of each file")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print what is stored")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        print(json.dumps([asdict(row) for row in run(arguments.row, arguments.limit)]))
+        print(
+            json.dumps(
+                [asdict(row) for row in run(arguments.row, arguments.limit, arguments.threads)]
+            )
+        )
         return
     done = by_model(arguments.limit)
     for name in [] if arguments.table else ROWS:
         if arguments.only in name and name not in done:
             command = [sys.executable, __file__, "--row", name, "--limit", str(arguments.limit)]
+            command += ["--threads", str(arguments.threads)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             for row in json.loads(output.splitlines()[-1]):
                 append(Row(**row), CSV)
