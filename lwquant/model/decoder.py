@@ -234,9 +234,9 @@ class Decoder:
                     output = block(hidden, *call.args, **call.kwargs)
                 self._returns_tuple = isinstance(output, tuple)
             calls = self._recorded_calls(tokens)
-            self._refuse_calls_by_content(
-                calls, self._recorded_calls(tokens + self.vocab_size // 2)
-            )
+            if not self._calls:  # what depends on the tokens does so in every shape
+                others = self._recorded_calls(tokens + self.vocab_size // 2)
+                self._refuse_calls_by_content(calls, others)
             self._calls[key] = calls
         return self._calls[key]
 
@@ -291,9 +291,9 @@ def causal_config(config: dict[str, Any]) -> Any:
         raise UnsupportedModelError(
             f"architectures={architectures} is not a decoder-only causal LM of transformers"
         )
-    fields = json.loads(json.dumps(config), object_hook=_special_float)
-    fields.pop("model_type", None)
     try:
+        fields = json.loads(json.dumps(config), object_hook=_special_float)
+        fields.pop("model_type", None)
         parsed = AutoConfig.for_model(config.get("model_type", ""), **fields)
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UnsupportedModelError(f"config.json of {architectures[0]}: {error}") from error
