@@ -26,7 +26,7 @@ from lwquant.quantizers.scales import refit_scales
 from lwquant.scheme import QuantScheme
 from lwquant.types import LayerStats, Outliers, QuantizedWeight
 
-SHRINKAGE = 0.35  # of the correlations that the descent leans on; see the README's ablation
+SHRINKAGE = 0.35  # of the correlations; the README says what it is worth
 RELAXED_EVERY = 3  # from unrounded weights, every third sweep moves them without rounding
 
 
