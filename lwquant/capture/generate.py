@@ -6,6 +6,7 @@ Models", arXiv:2305.17888. Unlike the other sources it needs the whole float mod
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -43,6 +44,9 @@ def _continue(
     start: int,
     n_windows: int,
 ) -> Tensor:
+    # transformers calls it `cache` from 5.24 on, and `past_key_values` before.
+    known = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
     cache, last = None, tokens
     while tokens.shape[1] < seq_len:
         progress(
@@ -51,8 +55,8 @@ def _continue(
             start * seq_len + tokens.shape[1],
             n_windows * seq_len,
         )
-        output = model(input_ids=last, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=last, use_cache=True, **{name: cache})
+        cache = output[name]
         last = torch.multinomial(output.logits[:, -1].softmax(-1), 1, generator=generator)
         tokens = torch.cat([tokens, last], dim=1)
     return tokens
