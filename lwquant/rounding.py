@@ -67,10 +67,8 @@ def rounding_of(quantizer: Method, correction: Method) -> Rounding:
 
 
 def _records_of(correction: Callable[..., Any]) -> Records:
-    base, settings = correction, {}
-    if isinstance(correction, partial):
-        base, settings = correction.func, correction.keywords
-    as_it_is = base is CORRECTIONS["qep"] and settings.get("repair_residual", True)
+    settings = correction.keywords if isinstance(correction, partial) else {}
+    as_it_is = base_of(correction) is CORRECTIONS["qep"] and settings.get("repair_residual", True)
     return "owed" if as_it_is else "all"
 
 

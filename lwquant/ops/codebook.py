@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lwquant.codebooks import CODE_BITS, values_of
+from lwquant.groups import group_of_inputs
 from lwquant.ops.scale_bytes import decode_scales
 from lwquant.ops.schema import unpack
 
@@ -26,7 +27,7 @@ def dequantize_codebook(
             lwquant/ops/scale_bytes.py writes them.
     """
     codes = unpack(qweight, CODE_BITS, in_features)
-    group = torch.arange(in_features, device=qweight.device) // group_size
+    group = group_of_inputs(in_features, group_size, qweight.device)
     if scales.dtype == torch.uint8:
         scales = decode_scales(scales)
     return values_of(codes, codebook) * scales.float()[:, group]

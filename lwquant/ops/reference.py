@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lwquant.groups import group_of_inputs
 from lwquant.ops.layout import unpack_reference
 from lwquant.ops.outliers import decode_columns
 from lwquant.ops.scale_bytes import decode_scales
@@ -34,7 +35,7 @@ def dequantize_reference(
             them and outlier_rows (out_features + 1,) int32; all three or none.
     """
     codes = unpack_reference(qweight, bits, in_features)
-    group = torch.arange(in_features, device=qweight.device) // group_size
+    group = group_of_inputs(in_features, group_size, qweight.device)
     if zeros is None:
         steps = codes.float() - 2.0 ** (bits - 1)
     elif zeros.dtype == torch.uint8:

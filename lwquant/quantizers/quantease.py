@@ -118,8 +118,9 @@ def without_descent(quantizer: Callable[..., Any]) -> Callable[..., Any]:
     settings = quantizer.keywords if isinstance(quantizer, partial) else {}
     if base_of(quantizer) is not quantease or settings.get("start", "gptq") != "gptq":
         return quantizer
-    shared = {key: settings[key] for key in ("damping", "search") if key in settings}
-    return partial(gptq, shrinkage=settings.get("shrinkage", SHRINKAGE), **shared)
+    named = ("damping", "shrinkage", "search")
+    shared = {key: settings[key] for key in named if key in settings}
+    return partial(gptq, **{"shrinkage": SHRINKAGE, **shared})
 
 
 @lru_cache(maxsize=1)
