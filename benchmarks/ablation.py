@@ -154,12 +154,12 @@ def texts_of(model: str) -> tuple[Path, tuple[str, ...], dict[str, str]]:
     """The model, its calibration sources, and the texts to test on."""
     data = SHARED / "data"
     if model == "smollm2":
-        from smollm2 import fetch
+        from pypi_models import SMOLLM2
 
         texts = {
             name: (data / file).read_text(encoding="utf-8") for name, file in TESTS[model].items()
         }
-        return fetch(WORK), (str(data / "c4.utf8"), str(data / "wiki.utf8")), texts
+        return SMOLLM2.fetch(WORK), (str(data / "c4.utf8"), str(data / "wiki.utf8")), texts
     text = (data / "tiny.utf8").read_text(encoding="utf-8")
     middle = text.index("<|endoftext|>", len(text) // 2)
     WORK.mkdir(exist_ok=True)

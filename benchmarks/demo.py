@@ -21,7 +21,7 @@ from lwquant.progress import StderrProgress
 from lwquant.tables import table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from smollm2 import fetch
+from pypi_models import SMOLLM2
 
 WORK = Path(__file__).parent.parent / "demo"
 SETTINGS = {"n_samples": 24, "sensitivity_samples": 16, "held_out": 4}
@@ -30,7 +30,7 @@ PROMPT = "Explain in one sentence why the sky is blue."
 
 def main() -> None:
     start = time.monotonic()
-    original = fetch(WORK)
+    original = SMOLLM2.fetch(WORK)
     # Calibrate on the first nine tenths of the interpreter's English, measure on the last.
     english = builtin_english()
     cut = len(english) * 9 // 10

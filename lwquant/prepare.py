@@ -15,7 +15,14 @@ from transformers import AutoTokenizer
 
 from lwquant.capture.generate import sample_windows
 from lwquant.capture.text import SELF, read_source
-from lwquant.capture.tokens import calibration_set, from_tokens, shifted_around, token_hash
+from lwquant.capture.tokens import (
+    calibration_set,
+    from_tokens,
+    opening,
+    shifted_around,
+    token_hash,
+    with_opening,
+)
 from lwquant.errors import BudgetError, CalibrationError, CheckpointError
 from lwquant.methods import describe
 from lwquant.model.checkpoint import WeightSource, open_checkpoint, resolve
@@ -116,7 +123,7 @@ def prepare_tokens(
     texts: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Windows:
-    """Draw the recipe's windows from its texts.
+    """Draw the recipe's windows from its texts; each begins with the tokenizer's opening().
 
     Args:
         texts: used instead of the recipe's sources.
@@ -124,10 +131,12 @@ def prepare_tokens(
     Raises CalibrationError for an empty or too short text.
     """
     n_windows = recipe.n_samples + recipe.held_out + recipe.tune
+    before = opening(opened.tokenizer)
+    length = recipe.seq_len - len(before)
     if texts is None and SELF in recipe.sources:
         if recipe.sources != (SELF,):
             raise CalibrationError("source 'self' cannot be mixed with others")
-        sampled = sample_windows(opened.path, n_windows, recipe.seq_len, recipe.seed, progress)
+        sampled = sample_windows(opened.path, n_windows, length, recipe.seed, before, progress)
         every = from_tokens(sampled, SELF, recipe.seed)
     else:
         named = (
@@ -136,7 +145,7 @@ def prepare_tokens(
             else [(source, read_source(source)) for source in recipe.sources]
         )
         every = calibration_set(
-            named, opened.tokenizer, n_samples=n_windows, seq_len=recipe.seq_len, seed=recipe.seed
+            named, opened.tokenizer, n_samples=n_windows, seq_len=length, seed=recipe.seed
         )
     limit = opened.decoder.vocab_size
     if every.tokens.max() >= limit:
@@ -147,11 +156,11 @@ def prepare_tokens(
         torch.randperm(n_windows, generator=torch.Generator().manual_seed(recipe.seed))
     ]
     chosen, held_out, tuning = shuffled.split([recipe.n_samples, recipe.held_out, recipe.tune])
-    chosen = shifted_around(chosen, recipe.expand)
+    chosen = with_opening(shifted_around(chosen, recipe.expand), before)
     calibration = CalibrationSet(
         chosen, every.source, token_hash(chosen), recipe.seed, recipe.expand
     )
-    return Windows(calibration, held_out, tuning)
+    return Windows(calibration, with_opening(held_out, before), with_opening(tuning, before))
 
 
 def parse_size(size: str | int) -> int:

@@ -77,8 +77,10 @@ class Recipe:
             raise LwquantError(f"sensitivity_samples={self.sensitivity_samples} must be positive")
         if not 0 <= self.unclipped_qk <= 1:
             raise LwquantError(f"unclipped_qk={self.unclipped_qk} must be in [0, 1]")
-        if self.expand > self.seq_len:
-            raise LwquantError(f"expand={self.expand} is above seq_len={self.seq_len}")
+        if self.expand > 1 and self.n_samples < 2:
+            raise LwquantError(f"expand needs n_samples of at least 2, not {self.n_samples}")
+        if self.expand >= self.seq_len:
+            raise LwquantError(f"expand={self.expand} must be below seq_len={self.seq_len}")
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise LwquantError(f"bits={self.bits} must be different widths, at least one")
         if self.codebook and CODE_BITS not in self.bits:

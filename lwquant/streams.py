@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lwquant.capture.record import catching_inputs
-from lwquant.capture.tokens import shifted_around
 from lwquant.importance import BlockView
 from lwquant.model.attention import attention_probabilities
 from lwquant.model.decoder import Decoder
@@ -41,7 +40,8 @@ class Streams:
         """Both streams before the first block.
 
         Args:
-            copies: how often each calibration window is there, in the order of shifted_around().
+            copies: how often each calibration window is there, in the order of shifted_around();
+                more than once takes two different windows at least.
         """
         hidden = torch.cat([decoder.embed(row[None]) for row in tokens])
         half = first_half(n_calibration, tokens.shape[1], copies) if copies > 1 else None
@@ -60,14 +60,11 @@ class FloatBlock:
 def first_half(n_samples: int, seq_len: int, copies: int) -> Tensor:
     """Which tokens form the half of a cross-validation, (n_samples, seq_len) bool.
 
-    Half of every chunk of different windows, and the same tokens in their shifted copies: what is
-    learned from one half would not be tested on the other if it held the same text.
+    Those of every other window, and of its copies: what is learned from one half would not be
+    tested on the other if it held the same text.
     """
-    chosen = torch.zeros(n_samples // copies, seq_len, dtype=torch.bool)
-    for rows in chunks(*chosen.shape):
-        part = chosen[rows].view(-1)
-        part[: (len(part) + 1) // 2] = True
-    return shifted_around(chosen, copies)
+    chosen = torch.arange(n_samples // copies) % 2 == 0
+    return chosen.repeat(copies)[:, None].expand(-1, seq_len).clone()
 
 
 def view_of(decoder: Decoder, index: int, block: nn.Module, streams: Streams) -> BlockView:

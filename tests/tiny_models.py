@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     Gemma3TextConfig,
     GPT2Config,
@@ -94,3 +96,13 @@ def random_model(kind: str, folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY_FOLDER / name, Path(folder) / name)
     return Path(folder)
+
+
+def adding_bos(tokenizer: Any) -> Any:
+    """The tokenizer, putting its beginning-of-text token before every text, as Llama's does."""
+    changed = copy.deepcopy(tokenizer)
+    bos = changed.bos_token
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, changed.bos_token_id)]
+    )
+    return changed

@@ -19,9 +19,19 @@ BATCH = 32
 
 
 def sample_windows(
-    path: Path, n_windows: int, seq_len: int, seed: int, progress: Progress = silent
+    path: Path,
+    n_windows: int,
+    seq_len: int,
+    seed: int,
+    before: Tensor,
+    progress: Progress = silent,
 ) -> Tensor:
-    """Windows (n_windows, seq_len) of tokens: the first drawn uniformly, the rest by the model."""
+    """Windows (n_windows, seq_len) of tokens that the model draws one after another.
+
+    Args:
+        before: (m,) what every text begins with; it is not part of the windows. Where it is empty,
+            the first token of a window is drawn uniformly.
+    """
     folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -29,8 +39,13 @@ def sample_windows(
     windows = []
     for start in range(0, n_windows, BATCH):
         rows = min(BATCH, n_windows - start)
-        tokens = torch.randint(vocabulary, (rows, 1), generator=generator)
-        windows.append(_continue(model, tokens, seq_len, generator, progress, start, n_windows))
+        if len(before):
+            tokens = before.expand(rows, -1)
+        else:
+            tokens = torch.randint(vocabulary, (rows, 1), generator=generator)
+        length = seq_len + len(before)
+        written = _continue(model, tokens, length, generator, progress, start, n_windows)
+        windows.append(written[:, len(before) :])
     return torch.cat(windows)
 
 

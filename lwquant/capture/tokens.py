@@ -19,6 +19,22 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
+def opening(tokenizer: Any) -> Tensor:
+    """What the tokenizer puts before a text, (0 or 1,): the beginning-of-text token, or nothing.
+
+    Every window begins with it. Gemma and Llama learned to leave there what they attend to for
+    nothing else: without it Gemma 3 270M has perplexity 86 on WikiText-2, with it 31.
+    """
+    bos = tokenizer.bos_token_id
+    added = bos is not None and tokenizer("a")["input_ids"][0] == bos
+    return torch.tensor([bos] if added else [], dtype=torch.long)
+
+
+def with_opening(windows: Tensor, before: Tensor) -> Tensor:
+    """Windows (n, k) with the same tokens (m,) before each: (n, m + k)."""
+    return torch.cat([before.expand(len(windows), -1), windows], dim=1)
+
+
 def cut_windows(tokens: Tensor, n_windows: int, seq_len: int, seed: int, source: str) -> Tensor:
     """`n_windows` of the text's non-overlapping windows, (n_windows, seq_len), drawn by seed.
 
@@ -55,7 +71,7 @@ def token_hash(tokens: Tensor) -> str:
 def calibration_set(
     texts: Sequence[tuple[str, str]], tokenizer: Any, *, n_samples: int, seq_len: int, seed: int
 ) -> CalibrationSet:
-    """Windows from several texts in equal shares.
+    """Windows from several texts in equal shares, without an opening().
 
     Args:
         texts: (source name, text) pairs; earlier ones get the remainder of n_samples.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwquant.capture.tokens import tokenize
+from lwquant.capture.tokens import opening, tokenize
 from lwquant.errors import CalibrationError
 from lwquant.evaluation.measure import CHUNK, Predictions, next_log_probs
 from lwquant.progress import Progress, silent
@@ -88,13 +88,6 @@ def score(
         for index, mine, hits in parts:
             scores[index] = Score(mine.sum().item(), bool(hits.all()))
     return [scores[index] for index in range(len(continuations))]
-
-
-def opening(tokenizer: Any) -> Tensor:
-    """The beginning-of-text token where the tokenizer adds it (Llama, Gemma), else nothing."""
-    bos = tokenizer.bos_token_id
-    added = bos is not None and tokenizer("a")["input_ids"][0] == bos
-    return torch.tensor([bos] if added else [], dtype=torch.long)
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwquant.capture.tokens import tokenize
+from lwquant.capture.tokens import opening, tokenize
 from lwquant.errors import CalibrationError, CheckpointError
 from lwquant.evaluation.measure import compare
 from lwquant.evaluation.reference import CACHE_FOLDER
 from lwquant.evaluation.subject import FloatModel, Subject, open_subject
-from lwquant.evaluation.windows import check_lengths, evenly_spread_windows, strided_windows
+from lwquant.evaluation.windows import evenly_spread_windows, strided_windows
 from lwquant.export.folder import write_manifest
 from lwquant.export.record import EVALUATION_FILE, EvaluationRecord
 from lwquant.matmul import fast_float32
@@ -65,7 +65,8 @@ def evaluate(
     Args:
         model: folder, .gguf file or hub id; float models are computed in float32, quantized ones
             in their stored dtype from their packed weights.
-        text: path of a UTF-8 text file. It is tokenized whole, without special tokens.
+        text: path of a UTF-8 text file. It is tokenized whole; each window begins with what the
+            tokenizer puts before a text, if anything.
         reference: the float model to compare with, usually the original; same tokenizer.
         windows: windows of `seq_len` tokens, evenly spread over the text.
         stride: predict every token of the text instead, by windows this far apart.
@@ -77,7 +78,11 @@ def evaluate(
     content = read_text(Path(text))
     subject = open_subject(model, device)
     tokens = tokenize(content, subject.tokenizer)
-    tested, counted = _windows(tokens, seq_len, windows, stride)
+    before = opening(subject.tokenizer)
+    if stride is None:
+        tested, counted = evenly_spread_windows(tokens, seq_len, windows, before), None
+    else:
+        tested, counted = strided_windows(tokens, seq_len, stride, before)
     _check_fits(subject, tokens, seq_len, str(model))
     folder = None if cache is None else Path(cache)
 
@@ -117,14 +122,6 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _windows(
-    tokens: Tensor, seq_len: int, windows: int, stride: int | None
-) -> tuple[Tensor, Tensor | None]:
-    if stride is None:
-        return evenly_spread_windows(tokens, seq_len, windows), None
-    return strided_windows(tokens, seq_len, stride)
-
-
 def _open_reference(reference: str | Path, subject: Subject, device: str) -> Subject:
     """The reference; the subject itself where it is the same float model."""
     path = resolve(reference)
@@ -137,7 +134,6 @@ def _open_reference(reference: str | Path, subject: Subject, device: str) -> Sub
 
 
 def _check_fits(subject: Subject, tokens: Tensor, seq_len: int, name: str) -> None:
-    check_lengths(tokens, seq_len)
     positions: Any = getattr(subject.config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
         raise CalibrationError(f"seq_len={seq_len} exceeds the {positions} positions of {name}")
@@ -155,10 +151,11 @@ def _check_same_tokens(
     theirs, ours = reference.config.vocab_size, subject.config.vocab_size
     if theirs != ours:
         raise CheckpointError(f"{names}: vocabularies of {theirs} and {ours} cannot be compared")
-    same = reference.tokenizer is subject.tokenizer or torch.equal(
-        tokenize(text, reference.tokenizer), tokens
-    )
-    if not same:
+    other = reference.tokenizer
+    if other is subject.tokenizer:
+        return
+    same_opening = torch.equal(opening(other), opening(subject.tokenizer))
+    if not (same_opening and torch.equal(tokenize(text, other), tokens)):
         raise CheckpointError(f"{names}: their tokenizers give different tokens for the same text")
 
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lwquant.capture.tokens import tokenize
+from lwquant.capture.tokens import opening, tokenize
 from lwquant.errors import CalibrationError, CheckpointError
-from lwquant.evaluation.continuation import Continuation, encode, opening, score
+from lwquant.evaluation.continuation import Continuation, encode, score
 from lwquant.evaluation.measure import Predictions
 from lwquant.evaluation.passkey import passkeys
 from lwquant.evaluation.subject import Subject, open_subject

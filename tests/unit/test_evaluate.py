@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import KINDS, TINY_FOLDER, random_model
+from tiny_models import KINDS, TINY_FOLDER, adding_bos, random_model
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lwquant.errors import CalibrationError, CheckpointError
 from lwquant.evaluation.evaluate import Evaluation, evaluate
 from lwquant.evaluation.subject import PackedModel, open_subject
-from lwquant.evaluation.windows import evenly_spread_windows
+from lwquant.evaluation.windows import evenly_spread_windows, strided_windows
 from lwquant.export.save import ModelWriter
 from lwquant.model.checkpoint import Checkpoint
 from lwquant.model.decoder import Decoder
@@ -69,6 +69,37 @@ def test_a_float_model_has_the_perplexity_that_transformers_gives_it_in_float64(
     assert found.perplexity == pytest.approx(perplexity(log_probs(model, windows), windows), 1e-5)
     assert found.tokens == 4 * 63
     assert (found.kl_divergence, found.reference_perplexity, found.top1_agreement) == (None,) * 3
+
+
+@pytest.mark.parametrize("stride", [None, 48])
+def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(
+    tiny_tokenizer, heldout_text, tmp_path, stride
+):
+    folder = tmp_path / "bos"
+    shutil.copytree(TINY_FOLDER, folder)
+    adding_bos(tiny_tokenizer).save_pretrained(folder)
+    found = evaluate(folder, **SMALL, stride=stride)
+    ids = tiny_tokenizer(heldout_text, add_special_tokens=False, verbose=False).input_ids
+    bos, tokens = torch.tensor([tiny_tokenizer.bos_token_id]), torch.tensor(ids)
+    counted = None
+    if stride is None:
+        windows = evenly_spread_windows(tokens, SMALL["seq_len"], SMALL["windows"], bos)
+    else:
+        windows, counted = strided_windows(tokens, SMALL["seq_len"], stride, bos)
+    log_p = log_probs(AutoModelForCausalLM.from_pretrained(folder), windows)
+    losses = -log_p.gather(1, windows[:, 1:].reshape(-1, 1))[:, 0]
+    if counted is not None:
+        losses = losses[counted.flatten()]
+    assert found.tokens == len(losses)
+    assert found.perplexity == pytest.approx(losses.mean().exp().item(), 1e-4)
+
+
+def test_models_whose_texts_begin_differently_are_not_compared(tiny_tokenizer, tmp_path):
+    folder = tmp_path / "bos"
+    shutil.copytree(TINY_FOLDER, folder)
+    adding_bos(tiny_tokenizer).save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="tokenizers give different tokens"):
+        evaluate(folder, reference=TINY_FOLDER, **SMALL)
 
 
 def test_the_trained_model_is_far_better_than_token_counts_on_text_it_has_not_seen():
@@ -166,7 +197,7 @@ def test_empty_missing_and_short_texts_are_refused(tmp_path):
         ("empty.txt", "empty"),
         ("missing.txt", "No such file"),
         ("binary.txt", "decode"),
-        ("short.txt", "fewer than one window of 64"),
+        ("short.txt", "fewer than the 64 of one window"),
     ):
         with pytest.raises(CalibrationError, match=message):
             evaluate(TINY_FOLDER, **{**SMALL, "text": tmp_path / name})

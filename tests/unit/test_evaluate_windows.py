@@ -29,6 +29,19 @@ def test_strided_windows_predict_every_token_but_the_first_once(n_tokens, stride
     assert sorted(windows[:, 1:][counted].tolist()) == list(range(1, n_tokens))
 
 
+@pytest.mark.parametrize("n_tokens", [7, 8, 9, 15, 16, 100])
+@pytest.mark.parametrize("stride", [1, 3, 6])
+def test_after_an_opening_every_token_is_predicted_once(n_tokens, stride):
+    windows, counted = strided_windows(torch.arange(n_tokens), 8, stride, torch.tensor([500]))
+    assert windows.shape[1] == 8 and (windows[:, 0] == 500).all()
+    assert sorted(windows[:, 1:][counted].tolist()) == list(range(n_tokens))
+
+
+def test_evenly_spread_windows_have_the_opening_within_their_length():
+    windows = evenly_spread_windows(torch.arange(9), 4, 3, torch.tensor([500]))
+    assert windows.tolist() == [[500, 0, 1, 2], [500, 3, 4, 5], [500, 6, 7, 8]]
+
+
 @pytest.mark.parametrize("stride", [1, 3, 7])
 def test_after_the_first_strided_window_every_prediction_has_the_promised_context(stride):
     windows, counted = strided_windows(torch.arange(100), 8, stride)
@@ -41,7 +54,7 @@ def test_after_the_first_strided_window_every_prediction_has_the_promised_contex
     ("n_tokens", "seq_len", "n_windows", "message"),
     [
         (0, 8, 2, "no tokens"),
-        (7, 8, 2, "7 tokens, fewer than one window of 8"),
+        (7, 8, 2, "7 tokens, fewer than the 8 of one window"),
         (9, 1, 2, "seq_len=1"),
         (9, 8, 0, "windows=0"),
     ],

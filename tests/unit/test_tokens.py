@@ -1,18 +1,24 @@
 """Calibration windows: the same for the same seed, and refused in words."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny_models import adding_bos
 
 from lwquant.capture.generate import sample_windows
 from lwquant.capture.text import read_source
 from lwquant.capture.tokens import (
     calibration_set,
     cut_windows,
+    opening,
     shifted_around,
     token_hash,
     tokenize,
 )
 from lwquant.errors import CalibrationError
+from lwquant.prepare import open_model, prepare_tokens
+from lwquant.recipe import Recipe
 
 
 def test_windows_are_whole_disjoint_pieces_of_the_text_fixed_by_the_seed():
@@ -80,9 +86,10 @@ def test_the_interpreters_english_is_there_offline():
 
 
 def test_text_sampled_from_the_model_is_likely_under_it_and_fixed_by_the_seed(tiny_folder):
-    windows = sample_windows(tiny_folder, 3, 24, seed=1)
+    nothing = torch.zeros(0, dtype=torch.long)
+    windows = sample_windows(tiny_folder, 3, 24, 1, nothing)
     assert windows.shape == (3, 24)
-    assert torch.equal(windows, sample_windows(tiny_folder, 3, 24, seed=1))
+    assert torch.equal(windows, sample_windows(tiny_folder, 3, 24, 1, nothing))
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
@@ -90,3 +97,41 @@ def test_text_sampled_from_the_model_is_likely_under_it_and_fixed_by_the_seed(ti
         sampled = model(windows, labels=windows).loss
         noise = torch.randint(512, windows.shape)
         assert sampled < model(noise, labels=noise).loss - 1
+
+
+def test_sampled_text_goes_on_from_what_every_text_begins_with(tiny_folder):
+    from transformers import AutoModelForCausalLM
+
+    before = torch.tensor([7, 30])
+    windows = sample_windows(tiny_folder, 200, 2, 1, before)
+    assert windows.shape == (200, 2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        expected = model(before[None]).logits[0, -1].softmax(-1)
+    likely = expected.topk(20).indices
+    share = torch.isin(windows[:, 0], likely).double().mean()
+    assert abs(share - expected[likely].sum()) < 0.15  # four deviations of 200 draws
+
+
+def test_the_opening_is_what_the_tokenizer_itself_puts_before_a_text(tiny_tokenizer):
+    assert opening(tiny_tokenizer).tolist() == []  # it has the token, and adds none
+    assert opening(adding_bos(tiny_tokenizer)).tolist() == [tiny_tokenizer.bos_token_id]
+
+
+def test_all_windows_of_a_run_begin_with_the_opening_and_hold_text_behind_it(
+    tiny_folder, tiny_tokenizer, heldout_text
+):
+    opened = open_model(tiny_folder)
+    recipe = Recipe(n_samples=4, seq_len=32, held_out=2, tune=1, expand=2)
+    plain = prepare_tokens(opened, recipe.changed(seq_len=31), [heldout_text])
+    bos = replace(opened, tokenizer=adding_bos(tiny_tokenizer))
+    found = prepare_tokens(bos, recipe, [heldout_text])
+    for before, after in (
+        (plain.calibration.tokens, found.calibration.tokens),
+        (plain.held_out, found.held_out),
+        (plain.tuning, found.tuning),
+    ):
+        assert (after[:, 0] == tiny_tokenizer.bos_token_id).all()
+        assert torch.equal(after[:, 1:], before)
+    assert found.calibration.tokens.shape == (8, 32)
+    assert found.calibration.sha256 == token_hash(found.calibration.tokens)
