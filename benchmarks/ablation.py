@@ -13,6 +13,7 @@ and source code. The stories of stories260k are split into halves.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -20,9 +21,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rows import HERE, append, commit, machine, stored
+
+if TYPE_CHECKING:
+    from lwquant.types import SensitivityReport
 
 CSV = HERE / "results" / "ablation.csv"
 WORK = HERE.parent / "demo"
@@ -93,7 +97,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
     from lwquant.recipe import load_recipe, transform_of
-    from lwquant.stages import measure, plan_report
+    from lwquant.stages import plan_report
     from lwquant.streams import Streams
 
     folder, sources, tests = texts_of(model)
@@ -113,9 +117,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
             )
             for name, text in tests.items()
         }
-        start = time.monotonic()
-        report = measure(opened, calibration, recipe, _quiet)
-        measuring = time.monotonic() - start
+        report, measuring = costs_of(opened, calibration, recipe)
         n = len(calibration.tokens)
         for budget in BUDGETS[model]:
             start = time.monotonic()
@@ -148,6 +150,34 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
                     )
                 )
     return rows
+
+
+def costs_of(opened, calibration, recipe) -> tuple[SensitivityReport, float]:
+    """The sensitivity report, and the seconds it took; kept in a file per commit, since most
+    variants measure the same costs."""
+    from lwquant.methods import describe
+    from lwquant.recipe import metric_of
+    from lwquant.sensitivity.report import read_report, write_report
+    from lwquant.stages import measure
+
+    everything = (
+        commit(),
+        opened.name,
+        calibration.sha256,
+        recipe.sensitivity_samples,
+        recipe.schemes(),
+        describe(metric_of(recipe.metric)),
+        describe(recipe.cost_quantizer()),
+        opened.transform,
+    )
+    key = hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+    path = WORK / f"ablation-costs-{key}.json"
+    took = path.with_suffix(".seconds")
+    if not took.exists():
+        start = time.monotonic()
+        write_report(measure(opened, calibration, recipe, _quiet), path)
+        took.write_text(str(time.monotonic() - start))
+    return read_report(path), float(took.read_text())
 
 
 def texts_of(model: str) -> tuple[Path, tuple[str, ...], dict[str, str]]:
