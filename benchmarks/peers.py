@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py                       # every row that results/peers.csv lacks
     python benchmarks/peers.py --only gptqmodel      # rows whose name holds this
+    python benchmarks/peers.py --model gemma3        # Gemma 3 270M (Google's terms apply)
     python benchmarks/peers.py --model stories260k   # a small model, seconds a row
     python benchmarks/peers.py --table               # print the table and draw KL against bpw
 
@@ -15,6 +16,7 @@ window; it shows that what is measured is what the peer computes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -36,6 +38,7 @@ WINDOWS, SEQ_LEN, GROUP = 12, 512, 64
 HELD_OUT = 2  # windows drawn beside the calibration, as in quality.py
 TORCH = "torch==2.13.0"
 PYPI = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 
 
 @dataclass(frozen=True)
@@ -372,16 +375,17 @@ def print_table(rows: list[Row], model: str) -> None:
 
 
 def draw(rows: list[Row]) -> None:
-    """KL against true bits on SmolLM2, a colour for each peer; lwquant's preset is the line."""
+    """KL against true bits, a colour for each peer; lwquant's preset is the line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2)
-    mine = [row for row in rows if row.model == "smollm2"]
-    for axes, field, title in (
-        (panels[0], "kl_divergence", "WikiText-2 raw test"),
-        (panels[1], "code_kl_divergence", "source code"),
+    models = [name for name in PYPI if any(row.model == name for row in rows)]
+    figure = Figure(figsize=(11, 4.8 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), 2, squeeze=False)
+    texts = (("kl_divergence", "WikiText-2 raw test"), ("code_kl_divergence", "source code"))
+    for (model, above), (column, (field, title)) in itertools.product(
+        zip(models, panels, strict=True), enumerate(texts)
     ):
+        axes, mine = above[column], [row for row in rows if row.model == model]
         for number, peer in enumerate(PEERS):
             points = sorted(
                 (row.bpw, getattr(row, field), row.name.split("/")[1])
@@ -402,12 +406,12 @@ def draw(rows: list[Row]) -> None:
             xlabel="stored bits per weight of the linears",
             ylabel="KL to the original, nats per token",
             yscale="log",
-            title=f"SmolLM2-135M, {title}",
+            title=f"{TITLES[model]}, {title}",
         )
+        axes.margins(x=0.15)  # labels stand to the right of their points
         axes.grid(alpha=0.3)
-    if any(row.model == "smollm2" for row in rows):
-        panels[0].legend(frameon=False)
-        figure.savefig(PLOT, dpi=130)
+        axes.legend(frameon=False)
+    figure.savefig(PLOT, dpi=130)
 
 
 def reason_not_to(model: str, name: str) -> str | None:

@@ -27,10 +27,9 @@ from lwquant.sensitivity.backward import (
     backward_block,
     kl_gradient,
     sampled_gradient,
-    squared_outputs,
     weight_gradient,
 )
-from lwquant.sensitivity.fisher import second_order
+from lwquant.sensitivity.information import Information, block_information
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import block_inputs, block_stats, weight_changes
 from lwquant.types import LayerStats, LinearSpec
@@ -75,36 +74,33 @@ def around_plan(
             weights = {spec: get_weight(module).clone() for spec, module in modules.items()}
             current = _quantize(modules, stats, plan, quantizer)
             entry = inputs[index]
-            squares = backward_block(decoder, index, block, entry, sampled, squared_outputs)
+            information = block_information(decoder, index, block, entry, sampled)
             slopes = backward_block(decoder, index, block, entry, pulled, weight_gradient)
             rows = []
             for spec, module in modules.items():
                 own, slope = stats[spec.input_group], slopes[spec] / tokens.numel()
                 set_weight(module, weights[spec])
                 changes = weight_changes(module, own, schemes, quantizer)
-                rows.append(shares(changes, current[spec], slope, own, squares[spec]))
+                rows.append(shares(changes, current[spec], slope, information[spec]))
         costs.append(torch.stack(rows))
         inputs.pop()
     progress("remeasure", "done", 2 * decoder.n_blocks, 2 * decoder.n_blocks)
     return Measurement(torch.cat(costs[::-1]).clamp(min=0))
 
 
-def shares(
-    changes: Tensor, current: Tensor, slope: Tensor, stats: LayerStats, squares: Tensor
-) -> Tensor:
+def shares(changes: Tensor, current: Tensor, slope: Tensor, information: Information) -> Tensor:
     """Own term and half the pair terms of each change, float64, 0 for no change at all.
 
     Args:
         changes: Ŵ − W of every scheme, (n_schemes, out_features, in_features).
         current: the one that is in the model, (out_features, in_features).
         slope: gradient of the mean KL in the weight as it is in the model.
-        stats, squares: of the linear's inputs and output gradients, for second_order().
     """
     candidates = torch.cat([changes, torch.zeros_like(current)[None]])
     steps = candidates - current
     # What the KL changes by when this linear alone goes from its current change to another.
-    alone = (slope * steps).sum((1, 2)).double().cpu() + second_order(steps, stats, squares)
-    share = (alone + second_order(candidates, stats, squares)) / 2
+    alone = (slope * steps).sum((1, 2)).double().cpu() + information.second_order(steps)
+    share = (alone + information.second_order(candidates)) / 2
     return torch.where(changes.flatten(1).any(1).cpu(), share[:-1] - share[-1], 0.0)
 
 

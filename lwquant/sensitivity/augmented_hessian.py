@@ -31,9 +31,8 @@ from lwquant.sensitivity.backward import (
     backward_block,
     kl_gradient,
     sampled_gradient,
-    squared_outputs,
 )
-from lwquant.sensitivity.fisher import second_order
+from lwquant.sensitivity.information import block_information
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import InputSums, block_stats, weight_changes
 from lwquant.streams import advance
@@ -73,7 +72,9 @@ def augmented_hessian(
         with decoder.loaded(index) as block:
             sums = InputSums(decoder.block_linears(index))
             back = partial(backward_block, decoder, index, block, inputs[index])
-            squares = back(sampled, squared_outputs, seen=sums.add)
+            information = block_information(
+                decoder, index, block, inputs[index], sampled, seen=sums.add
+            )
             stats = sums.results()
             # Once more, as on the way forward: to hold the changes of all blocks until here would
             # take four bytes a weight and scheme, twice the model itself for each scheme.
@@ -84,7 +85,7 @@ def augmented_hessian(
             ]
             rows = torch.zeros(len(changes), len(schemes), dtype=torch.float64)
             for row, (spec, own) in enumerate(changes.items()):
-                least = second_order(own, stats[spec.input_group], squares[spec]) / 2
+                least = information[spec].second_order(own) / 2
                 shares = torch.stack([found[spec] for found in slopes]).double().cpu() / 2
                 rows[row, columns] = torch.maximum(shares / tokens.numel(), least)
         costs.append(rows)

@@ -15,11 +15,6 @@ from lwquant.types import LinearSpec
 Term = Callable[[Tensor, Tensor], Tensor]
 
 
-def squared_outputs(inputs: Tensor, gradients: Tensor) -> Tensor:
-    """Σ over tokens of squared output gradients, (out_features,)."""
-    return gradients.square().sum(0)
-
-
 def weight_gradient(inputs: Tensor, gradients: Tensor) -> Tensor:
     """Σ over tokens of g xᵀ, (out_features, in_features)."""
     return gradients.T @ inputs

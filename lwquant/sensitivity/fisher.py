@@ -2,10 +2,11 @@
 
 To second order, the KL that a change ΔW of one linear causes is the Fisher information in the
 direction of the change of its output (Martens, "New Insights and Perspectives on the Natural
-Gradient Method", arXiv:1412.1193). Taking output gradients and inputs as independent of each other,
-and outputs and tokens as uncorrelated, it is ½ Σ_o E[g_o²] · E[(ΔW_o x)²]: the Kronecker-factored
-form of Martens and Grosse, arXiv:1503.05671, with a diagonal output factor. ΔW is the change that
-the chosen quantizer really makes, so errors that cancel in the output count little.
+Gradient Method", arXiv:1412.1193). Taking outputs and tokens as uncorrelated it is
+½ Σ_o E[g_o² (ΔW_o x)²]; information.py says in which factors it is kept. Unlike in the
+Kronecker-factored form of Martens and Grosse, arXiv:1503.05671, gradients and inputs need not be
+independent of each other. ΔW is the change that the chosen quantizer really makes, so errors that
+cancel in the output count little.
 
 The exact square ⟨G, ΔW⟩² of whole-window gradients needs no independence but one window is one
 sample of it; with the 32 windows that the time allows, its plans measured worse on both models.
@@ -22,10 +23,10 @@ from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.quantizers import Quantizer
 from lwquant.scheme import QuantScheme
-from lwquant.sensitivity.backward import backward_block, sampled_gradient, squared_outputs
+from lwquant.sensitivity.backward import sampled_gradient
+from lwquant.sensitivity.information import block_information
 from lwquant.sensitivity.measurement import Measurement
 from lwquant.sensitivity.walk import InputSums, block_inputs, weight_changes
-from lwquant.types import LayerStats
 
 
 def fisher(
@@ -49,8 +50,8 @@ def fisher(
         progress("sensitivity", f"block {index}", final - index, decoder.n_blocks)
         with decoder.loaded(index) as block:
             sums = InputSums(decoder.block_linears(index))
-            squares = backward_block(
-                decoder, index, block, inputs[index], gradient, squared_outputs, seen=sums.add
+            information = block_information(
+                decoder, index, block, inputs[index], gradient, seen=sums.add
             )
             stats = sums.results()
             rows = []
@@ -58,14 +59,8 @@ def fisher(
                 module = block.get_submodule(decoder.local_name(spec))
                 own = stats[spec.input_group]
                 changes = weight_changes(module, own, schemes, quantizer)
-                rows.append(second_order(changes, own, squares[spec]))
+                rows.append(information[spec].second_order(changes))
         costs.append(torch.stack(rows))
         inputs.pop()
     progress("sensitivity", "done", decoder.n_blocks, decoder.n_blocks)
     return Measurement(torch.cat(costs[::-1]))
-
-
-def second_order(changes: Tensor, stats: LayerStats, squares: Tensor) -> Tensor:
-    """½ Σ_o E[g_o²] · E[(ΔW_o x)²] of each change (n, out_features, in_features), float64."""
-    moved = ((changes @ stats.hessian) * changes).sum(2).double()
-    return (moved.clamp(min=0) @ squares.double() / stats.n_tokens**2 / 2).cpu()

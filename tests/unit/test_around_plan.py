@@ -15,7 +15,8 @@ from lwquant.recipe import Recipe
 from lwquant.remeasure import remeasured
 from lwquant.scheme import QuantScheme
 from lwquant.sensitivity.around_plan import around_plan, shares
-from lwquant.types import BitPlan, LayerStats, SensitivityReport
+from lwquant.sensitivity.information import Information
+from lwquant.types import BitPlan, SensitivityReport
 
 SCHEMES = tuple(QuantScheme(bits, 32) for bits in (2, 3, 4, 16))
 QUIET = {"progress": lambda *_: None}
@@ -52,8 +53,10 @@ def test_costs_are_those_of_autograd_through_the_whole_quantized_model(kind, tmp
         weights[spec] = module.weight
 
         def record(_, args, output, spec=spec):
-            inputs.setdefault(spec, []).append(args[0].detach().flatten(0, 1))
-            output.register_hook(lambda g: gradients.setdefault(spec, []).append(g.flatten(0, 1)))
+            windows = inputs.setdefault(spec, [])
+            place = len(windows)  # gradients come in another order
+            windows.append(args[0].detach().flatten(0, 1))
+            output.register_hook(lambda g: gradients.update({(spec, place): g.flatten(0, 1)}))
 
         module.register_forward_hook(record)
     drawn = 0
@@ -63,7 +66,10 @@ def test_costs_are_those_of_autograd_through_the_whole_quantized_model(kind, tmp
         y = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
         drawn = drawn + log_probs.gather(1, y).sum()
     drawn.backward()
-    squares = {spec: torch.cat(gradients[spec]).square().mean(0) for spec in decoder.linears}
+    squares = {
+        spec: torch.cat([gradients[spec, place] for place in range(3)]).square()
+        for spec in decoder.linears
+    }
     hessians = {spec: torch.cat(inputs[spec]) for spec in decoder.linears}
     model.zero_grad()
     with torch.no_grad():
@@ -82,7 +88,9 @@ def test_costs_are_those_of_autograd_through_the_whole_quantized_model(kind, tmp
         current = changes[spec][plan[spec.name]]
 
         def energy(change, spec=spec, x=x):
-            return 0.5 * ((x @ change.T).square().mean(0) * squares[spec]).sum().item()
+            by_token, by_output = squares[spec].sum(1, keepdim=True), squares[spec].sum(0)
+            factored = by_token * by_output / by_output.sum()
+            return 0.5 * ((x @ change.T).square() * factored).sum(1).mean().item()
 
         for scheme in SCHEMES:
             step = changes[spec][scheme] - current
@@ -97,13 +105,17 @@ def test_shares_split_each_pair_term_evenly_and_add_up():
     a, b, c = 3.0, 5.0, 2.0
     e, f = 0.4, -0.3  # the changes in the model
     menu = torch.tensor([0.4, 0.1, -0.2])
-    stats = LayerStats(torch.ones(1, 1), None, 1)
+
+    def information(slope):
+        found = Information()
+        found.add(torch.ones(1, 1), torch.tensor([[slope]]).sqrt())
+        return found
+
     got = shares(
         menu.view(3, 1, 1),
         torch.tensor([[e]]),
         torch.tensor([[a * e + c * f]]),
-        stats,
-        torch.tensor([a]),
+        information(a),
     )
     expected = [0.5 * a * x * x + 0.5 * c * x * f for x in menu.tolist()]
     torch.testing.assert_close(got.tolist(), expected)
@@ -111,8 +123,7 @@ def test_shares_split_each_pair_term_evenly_and_add_up():
         torch.tensor([[[f]]]),
         torch.tensor([[f]]),
         torch.tensor([[b * f + c * e]]),
-        stats,
-        torch.tensor([b]),
+        information(b),
     )
     total = 0.5 * a * e * e + 0.5 * b * f * f + c * e * f
     assert got[0] + other[0] == pytest.approx(total)
