@@ -23,7 +23,7 @@ def opening(tokenizer: Any) -> Tensor:
     """What the tokenizer puts before a text, (0 or 1,): the beginning-of-text token, or nothing.
 
     Every window begins with it. Gemma and Llama learned to leave there what they attend to for
-    nothing else: without it Gemma 3 270M has perplexity 86 on WikiText-2, with it 31.
+    nothing else: on four windows of WikiText-2 Gemma 3 270M has perplexity 31 with it, 86 without.
     """
     bos = tokenizer.bos_token_id
     added = bos is not None and tokenizer("a")["input_ids"][0] == bos
