@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rows import HERE, append, commit, machine, stored
+from rows import HERE, append, commit, kept_report, machine, stored
 
 if TYPE_CHECKING:
     from lwquant.types import SensitivityReport
@@ -91,8 +91,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
     """All budgets and texts of a variant, in this process."""
     import torch
 
-    from lwquant.capture.tokens import tokenize
-    from lwquant.evaluation.windows import evenly_spread_windows
+    from lwquant.evaluation.windows import windows_of
     from lwquant.held_out import compare_streams, quantize_with
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
@@ -112,9 +111,7 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
         opened = open_model(folder, transform=transform_of(recipe.transform))
         calibration = prepare_tokens(opened, recipe).calibration
         windows = {
-            name: evenly_spread_windows(
-                tokenize(text, opened.tokenizer), recipe.seq_len, WINDOWS[model]
-            )
+            name: windows_of(text, opened.tokenizer, recipe.seq_len, WINDOWS[model])
             for name, text in tests.items()
         }
         report, measuring = costs_of(opened, calibration, recipe)
@@ -157,7 +154,6 @@ def costs_of(opened, calibration, recipe) -> tuple[SensitivityReport, float]:
     variants measure the same costs."""
     from lwquant.methods import describe
     from lwquant.recipe import metric_of
-    from lwquant.sensitivity.report import read_report, write_report
     from lwquant.stages import measure
 
     everything = (
@@ -172,12 +168,7 @@ def costs_of(opened, calibration, recipe) -> tuple[SensitivityReport, float]:
     )
     key = hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
     path = WORK / f"ablation-costs-{key}.json"
-    took = path.with_suffix(".seconds")
-    if not took.exists():
-        start = time.monotonic()
-        write_report(measure(opened, calibration, recipe, _quiet), path)
-        took.write_text(str(time.monotonic() - start))
-    return read_report(path), float(took.read_text())
+    return kept_report(path, lambda: measure(opened, calibration, recipe, _quiet))
 
 
 def texts_of(model: str) -> tuple[Path, tuple[str, ...], dict[str, str]]:

@@ -172,8 +172,8 @@ class Judge:
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM
 
-        from lwquant.capture.tokens import opening, token_hash, tokenize
-        from lwquant.evaluation.windows import evenly_spread_windows
+        from lwquant.capture.tokens import token_hash
+        from lwquant.evaluation.windows import windows_of
         from lwquant.matmul import fast_float32
         from lwquant.prepare import open_model, prepare_tokens
         from lwquant.recipe import Recipe
@@ -188,12 +188,7 @@ class Judge:
         calibration = prepare_tokens(opened, recipe).calibration.tokens
         self.hash = token_hash(calibration)
         self.windows = {
-            name: evenly_spread_windows(
-                tokenize(path.read_text(encoding="utf-8"), opened.tokenizer),
-                SEQ_LEN,
-                WINDOWS,
-                opening(opened.tokenizer),
-            )
+            name: windows_of(path.read_text(encoding="utf-8"), opened.tokenizer, SEQ_LEN, WINDOWS)
             for name, path in model.tests.items()
         }
         self.tokens = PEERS_WORK / f"tokens-{name}.safetensors"

@@ -23,7 +23,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from rows import HERE, append, commit, machine, stored
+from rows import HERE, append, commit, kept_report, machine, stored
 
 RESULTS = HERE / "results"
 CSV = RESULTS / "quality.csv"
@@ -97,8 +97,7 @@ def jobs() -> list[str]:
 def run(name: str) -> Row:
     """Measure one row in this process."""
 
-    from lwquant.capture.tokens import tokenize
-    from lwquant.evaluation.windows import evenly_spread_windows
+    from lwquant.evaluation.windows import windows_of
     from lwquant.held_out import measure_plan
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
@@ -121,7 +120,7 @@ def run(name: str) -> Row:
         drawn = prepare_tokens(opened, recipe)
         windows = drawn.calibration
         text = (DATA / "wikitext-2-raw-test.txt").read_text(encoding="utf-8")
-        tested = evenly_spread_windows(tokenize(text, opened.tokenizer), SEQ_LEN, WINDOWS)
+        tested = windows_of(text, opened.tokenizer, SEQ_LEN, WINDOWS)
         how = rest[-1] if section == "rounding" else ROUNDING[section]
         rounding = recipe.rounding()
         if how != "preset":
@@ -238,17 +237,12 @@ def _plan(schemes, linears):
 
 def report_of(metric, opened, windows, recipe):
     """The metric's report, measured once per commit and kept beside the model."""
-    from lwquant.sensitivity.report import read_report, write_report
     from lwquant.stages import measure
 
     path = WORK / f"report-{metric}-{recipe.quantizer}-s{recipe.scale_bits}-{commit()}.json"
-    took = path.with_suffix(".seconds")
-    if not path.exists():
-        start = time.monotonic()
-        report = measure(opened, windows, recipe.changed(metric=metric), _quiet)
-        write_report(report, path)
-        took.write_text(str(time.monotonic() - start))
-    return read_report(path), float(took.read_text())
+    return kept_report(
+        path, lambda: measure(opened, windows, recipe.changed(metric=metric), _quiet)
+    )
 
 
 def _quiet(stage, item, done, total):

@@ -5,9 +5,14 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from lwquant.types import SensitivityReport
 
 HERE = Path(__file__).parent
 T = TypeVar("T")
@@ -50,6 +55,20 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{len(models)} x {models[0]}, {platform.machine()}" if models else platform.machine()
+
+
+def kept_report(
+    path: Path, measure: Callable[[], SensitivityReport]
+) -> tuple[SensitivityReport, float]:
+    """The sensitivity report in `path`, and the seconds it took; measured where it is not there."""
+    from lwquant.sensitivity.report import read_report, write_report
+
+    took = path.with_suffix(".seconds")
+    if not took.exists():
+        start = time.monotonic()
+        write_report(measure(), path)
+        took.write_text(str(time.monotonic() - start), encoding="utf-8")
+    return read_report(path), float(took.read_text(encoding="utf-8"))
 
 
 def _value(kind: str, text: str) -> Any:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lwquant.allocators.plan import write_plan
 from lwquant.capture.text import read_text_file
-from lwquant.capture.tokens import opening, tokenize
-from lwquant.evaluation.windows import evenly_spread_windows
+from lwquant.evaluation.windows import windows_of
 from lwquant.held_out import measure_on
 from lwquant.massive_channels import check_roles
 from lwquant.prepare import OpenModel, Windows, prepare_tokens
@@ -72,9 +71,8 @@ def bench_for(
     windows = prepare_tokens(opened, recipe, texts, progress)
     tested = windows.held_out
     if text is not None:
-        tokens = tokenize(read_text_file(Path(text)), opened.tokenizer)
-        before = opening(opened.tokenizer)
-        tested = evenly_spread_windows(tokens, recipe.seq_len, n_windows, before)
+        content = read_text_file(Path(text))
+        tested = windows_of(content, opened.tokenizer, recipe.seq_len, n_windows)
     report = measure(opened, windows.calibration, recipe, progress)
     write_report(report, folder / "sensitivity.json")
     return Bench(opened, report, windows, tested, folder)

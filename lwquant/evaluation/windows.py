@@ -6,10 +6,12 @@ the window's length, and the first token of the text is then predicted, too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lwquant.capture.tokens import with_opening
+from lwquant.capture.tokens import opening, tokenize, with_opening
 from lwquant.errors import CalibrationError
 
 NOTHING = torch.zeros(0, dtype=torch.long)
@@ -36,6 +38,11 @@ def evenly_spread_windows(
     last = tokens.numel() - length
     starts = [last * index // max(n_windows - 1, 1) for index in range(n_windows)]
     return with_opening(torch.stack([tokens[start : start + length] for start in starts]), before)
+
+
+def windows_of(text: str, tokenizer: Any, seq_len: int, n_windows: int) -> Tensor:
+    """Evenly spread windows (n_windows, seq_len) of a text; each has the tokenizer's opening()."""
+    return evenly_spread_windows(tokenize(text, tokenizer), seq_len, n_windows, opening(tokenizer))
 
 
 def strided_windows(
