@@ -45,7 +45,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "propagation without the residual": {"correction": {"name": "qep", "repair_residual": False}},
     "propagation of fixed strength": {"correction": {"name": "qep", "strength": 0.5}},
     "no range search": {"quantizer": {"name": "quantease", "search": False}},
-    "no refit of scales": {"quantizer": {"name": "quantease", "refit": False}},
     "GPTQ": {"quantizer": "gptq"},
     "GPTQ without activation order": {"quantizer": {"name": "gptq", "act_order": False}},
     "plain rounding": {"quantizer": {"name": "rtn", "search": True}},

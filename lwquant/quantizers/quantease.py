@@ -2,9 +2,8 @@
 
 Behdin et al., "QuantEase: Optimization-based Quantization for Language Models",
 arXiv:2309.01885. A sweep visits the input columns in turn and puts each weight on the grid point
-that is best given all others. Ours alternates sweeps with the least-squares scales of the codes
-found (as the codebook step of GuidedQuant's LNQ, arXiv:2505.07004, here for group scales). Where
-the scheme has outliers, the sweeps alternate with steps on these, too: see outliers.py.
+that is best given all others. With outliers in the scheme, sweeps alternate with steps on these:
+see outliers.py.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from lwquant.ops.rounding import round_columns
 from lwquant.quantizers.gptq import gptq, shrunk
 from lwquant.quantizers.grid import Grid, even_steps_only, fit_grid
 from lwquant.quantizers.outliers import largest_eigenvalue, refit_outliers, top_entries
-from lwquant.quantizers.scales import refit_scales
 from lwquant.scheme import QuantScheme
 from lwquant.types import LayerStats, Outliers, QuantizedWeight
 
@@ -37,7 +35,6 @@ def quantease(
     *,
     start: Literal["gptq", "weight"] = "gptq",
     sweeps: int = 4,
-    refit: bool = True,
     damping: float = 0.01,
     shrinkage: float = SHRINKAGE,
     search: bool = True,
@@ -57,9 +54,7 @@ def quantease(
         start: "gptq" polishes GPTQ's result, and no step can make it worse; "weight" is the
             paper's: from the weight itself, with relaxed sweeps that do not round in between.
         sweeps: over all columns. The last one always rounds.
-        refit: fit the scales to the codes after each rounding sweep.
-        damping, shrinkage, search, unclipped: as for gptq(). A refit, which could clip again,
-            leaves the scales of unclipped rows as they are.
+        damping, shrinkage, search, unclipped: as for gptq().
 
     Raises ValueError as gptq() does, and for a codebook.
     """
@@ -93,12 +88,6 @@ def quantease(
         if relaxed:
             continue
         codes = grid.round(current)
-        if refit:
-            refitted = refit_scales(target, hessian, codes, grid)
-            if unclipped is not None:
-                refitted.scales[unclipped] = grid.scales[unclipped]
-            grid = refitted
-            current = grid.dequantize(codes)
         if eigenvalue is not None:
             missed = weight.float() - current
             apart = refit_outliers(missed, apart, hessian, eigenvalue, n_outliers)

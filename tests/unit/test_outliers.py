@@ -106,7 +106,7 @@ def test_the_two_parts_take_turns_each_aiming_at_what_the_other_lacks():
         current = sweep(weight - apart, current, hessian, rounding, order)
         if rounding is not None:
             apart = refit_outliers(weight - current, apart, hessian, eigenvalue, n)
-    got = quantease(weight, stats, scheme, start="weight", sweeps=3, refit=False)
+    got = quantease(weight, stats, scheme, start="weight", sweeps=3)
     torch.testing.assert_close(got.dequantize(), current + apart)
 
 
@@ -157,7 +157,7 @@ def test_it_comes_near_the_best_codes_and_outlier_of_tiny_rows():
         weight, stats = make_layer(2, 5, 40, seed)
         weight = weight[:1].repeat(2, 1)
         weight[1] = 0  # so that a tenth of the weights is one outlier, of the first row
-        got = quantease(weight, stats, scheme, refit=False, sweeps=20)
+        got = quantease(weight, stats, scheme, sweeps=20)
         assert len(got.outliers.values) == 1
         hessian = damped(stats)
         grid = fit_grid(
@@ -168,6 +168,6 @@ def test_it_comes_near_the_best_codes_and_outlier_of_tiny_rows():
         loss = proxy_loss(weight, got.dequantize(), hessian)
         assert loss >= best - 1e-5 * scale
         ratios.append((loss - best) / scale)
-        plain = quantease(weight, stats, scheme.without_outliers, refit=False, sweeps=20)
+        plain = quantease(weight, stats, scheme.without_outliers, sweeps=20)
         plain_ratios.append((proxy_loss(weight, plain.dequantize(), hessian) - best) / scale)
     assert sum(ratios) < 0.35 * sum(plain_ratios)

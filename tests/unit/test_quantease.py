@@ -1,4 +1,4 @@
-"""Coordinate descent and the scale refit, against brute force and least squares in float64."""
+"""Coordinate descent, against brute force and its definition in float64."""
 
 from functools import partial
 
@@ -9,7 +9,6 @@ from oracles import proxy_loss
 from lwquant.quantizers import gptq, quantease, rtn, without_descent
 from lwquant.quantizers.grid import fit_grid
 from lwquant.quantizers.quantease import SHRINKAGE, sweep
-from lwquant.quantizers.scales import refit_scales
 from lwquant.scheme import QuantScheme
 from lwquant.types import LayerStats
 
@@ -34,13 +33,12 @@ def damped(stats, shrinkage=SHRINKAGE):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("refit", [False, True])
-def test_polishing_never_loses_against_gptq_and_each_sweep_gains(bits, refit):
+def test_polishing_never_loses_against_gptq_and_each_sweep_gains(bits):
     weight, inputs = make_layer()
     stats, scheme = stats_of(inputs), QuantScheme(bits, 8)
     errors = [proxy_loss(weight, gptq(weight, stats, scheme).dequantize(), damped(stats))]
     for sweeps in (1, 2, 4):
-        got = quantease(weight, stats, scheme, sweeps=sweeps, refit=refit).dequantize()
+        got = quantease(weight, stats, scheme, sweeps=sweeps).dequantize()
         errors.append(proxy_loss(weight, got, damped(stats)))
     assert errors[1] < errors[0]
     assert errors == sorted(errors, reverse=True)
@@ -49,7 +47,7 @@ def test_polishing_never_loses_against_gptq_and_each_sweep_gains(bits, refit):
 def test_at_rest_no_other_code_of_any_single_weight_is_better():
     weight, inputs = make_layer(4, 12)
     stats, scheme = stats_of(inputs), QuantScheme(2, 4)
-    got = quantease(weight, stats, scheme, sweeps=50, refit=False)
+    got = quantease(weight, stats, scheme, sweeps=50)
     rounded = got.dequantize()
     best = proxy_loss(weight, rounded, damped(stats))
     tried = 0
@@ -88,7 +86,7 @@ def test_a_sweep_is_the_textbook_one():
 def test_from_the_weight_relaxed_sweeps_lead_below_plain_rounding_and_end_on_the_grid():
     weight, inputs = make_layer(8, 64, 256)
     stats, scheme = stats_of(inputs), QuantScheme(3, 16)
-    settings = {"start": "weight", "sweeps": 9, "refit": False, "shrinkage": 0.0}
+    settings = {"start": "weight", "sweeps": 9, "shrinkage": 0.0}
     got = quantease(weight, stats, scheme, **settings)
     hessian = damped(stats, 0)
     grid = fit_grid(weight, scheme, stats.hessian.diagonal())
@@ -101,58 +99,6 @@ def test_from_the_weight_relaxed_sweeps_lead_below_plain_rounding_and_end_on_the
         wanted = sweep(weight, wanted, hessian, rounding, order)
     short = quantease(weight, stats, scheme, **settings | {"sweeps": 3})
     assert torch.equal(short.codes, grid.round(wanted).byte())
-
-
-@pytest.mark.parametrize("in_features", [32, 28])  # 28: a shorter last group
-def test_refitted_scales_are_the_least_squares_ones(in_features):
-    weight, inputs = make_layer(5, in_features, 100)
-    scheme = QuantScheme(3, 8)
-    grid = fit_grid(weight, scheme)
-    codes = grid.round(weight)
-    got = refit_scales(weight, inputs.T @ inputs, codes, grid)
-    steps = (codes - grid.zeros.repeat_interleave(8, 1)[:, :in_features]).double()
-    for row in range(5):
-        parts = [
-            inputs.double()[:, g : g + 8] @ steps[row, g : g + 8] for g in range(0, in_features, 8)
-        ]
-        wanted = torch.linalg.lstsq(torch.stack(parts, 1), inputs.double() @ weight[row].double())
-        torch.testing.assert_close(
-            got.scales[row].double(), wanted.solution, rtol=2e-3, atol=1e-6
-        )  # float16 storage
-    assert torch.equal(got.zeros, grid.zeros)
-
-
-def test_no_row_is_worse_after_a_refit_though_float16_rounds_each_scale_by_itself():
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(400, 32, generator=generator)
-    inputs = torch.randn(100, 8, generator=generator).repeat(1, 4)  # the groups say the same
-    inputs += 0.01 * torch.randn(inputs.shape, generator=generator)
-    grid = fit_grid(weight, QuantScheme(8, 8))
-    codes = grid.round(weight)
-
-    def errors(grid):
-        missed = (grid.dequantize(codes) - weight).double() @ inputs.double().T
-        return missed.square().sum(1)
-
-    once = refit_scales(weight, inputs.T @ inputs, codes, grid)
-    assert (errors(once) <= errors(grid) * (1 + 1e-3)).all()
-    assert errors(once).sum() < errors(grid).sum()
-
-
-def test_a_refit_keeps_the_scales_of_rows_that_it_cannot_improve():
-    weight, inputs = make_layer(3, 16)
-    scheme = QuantScheme(3, 8)
-    grid = fit_grid(weight, scheme)
-    codes = grid.round(weight)
-    codes[1] = grid.zeros[1].repeat_interleave(8)  # all steps zero: nothing to fit
-    flipped = weight.clone()
-    flipped[2] *= -1  # would need negative scales
-    got = refit_scales(flipped, inputs.T @ inputs, codes, grid)
-    assert torch.equal(got.scales[1:], grid.scales[1:])
-    assert not torch.equal(got.scales[0], grid.scales[0])
-    exact = grid.dequantize(codes)
-    same = refit_scales(exact, inputs.T @ inputs, codes, grid)
-    assert torch.equal(same.scales, grid.scales)
 
 
 def test_costs_are_measured_with_what_the_descent_starts_from():
