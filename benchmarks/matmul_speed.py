@@ -81,7 +81,7 @@ def bf16_candidate(out_features: int, in_features: int) -> Candidate:
 
 def packed_candidate(out_features: int, in_features: int, scheme: QuantScheme) -> Candidate:
     """Random words are valid codes at every width."""
-    n_groups, bits, group_size = scheme.n_groups(in_features), scheme.bits, scheme.group_size
+    n_groups, bits = scheme.n_groups(in_features), scheme.bits
     code_words, zero_words = row_words(in_features, bits), row_words(out_features, bits)
     size = scheme.stored_bits(out_features, in_features) // 8
 
@@ -97,12 +97,17 @@ def packed_candidate(out_features: int, in_features: int, scheme: QuantScheme) -
             return torch.randint(256, (n_groups, out_features), dtype=torch.uint8)
         return words(n_groups, zero_words)
 
-    layers = [(words(out_features, code_words), scales(), zeros()) for _ in range(pool_size(size))]
-    calls: list[Call] = [
-        lambda x, layer=layer: ops.linear(x, *layer, None, bits, group_size)  # type: ignore[misc]
-        for layer in layers
+    if not ops.tiles_bytes(scheme, out_features, in_features):
+        raise SystemExit(f"there is no kernel for scheme {scheme.label}")
+    layers = [
+        ops.make_tiles(scheme, in_features, words(out_features, code_words), scales(), zeros())
+        for _ in range(pool_size(size))
     ]
-    dense = ops.dequantize(*layers[0], bits, group_size, in_features)
+    calls: list[Call] = [
+        lambda x, tiles=tiles: ops.linear_tiled(x, tiles, None, out_features)  # type: ignore[misc]
+        for tiles in layers
+    ]
+    dense = ops.dequantize_tiled(layers[0], out_features, in_features)
     return Candidate(f"{bits} bits", scheme.label, size, calls, dense)
 
 

@@ -43,23 +43,30 @@ struct SparsePart {
 };
 
 // Rows and columns come from files: none may lead outside the layer.
-void require_inside(const Weight& w, int64_t n) {
-  const int32_t* rows = w.outlier_rows;
-  if (!rows) return;
-  require(rows[0] == 0 && rows[w.out_features] == n, "the row pointers of outliers miss some");
+Outliers make_outliers(const SparsePart& sparse, int64_t out_features, int64_t in_features) {
+  require(sparse.n >= 0 && (!sparse.n || (sparse.values && sparse.columns && sparse.rows)),
+          "no address for outliers");
+  const Outliers o = {pointer<const uint16_t>(sparse.values),
+                      pointer<const uint16_t>(sparse.wide ? 0 : sparse.columns),
+                      pointer<const int32_t>(sparse.wide ? sparse.columns : 0),
+                      pointer<const int32_t>(sparse.rows)};
+  if (!o.rows) return o;
+  require(o.rows[0] == 0 && o.rows[out_features] == sparse.n,
+          "the row pointers of outliers miss some");
   bool inside = true;
-  for (int64_t r = 0; r < w.out_features; ++r) inside &= rows[r] <= rows[r + 1];
-  for (int64_t k = 0; inside && k < n; ++k) {
-    const int64_t column = outlier_column(w, k);
-    inside = column >= 0 && column < w.in_features;
+  for (int64_t r = 0; r < out_features; ++r) inside &= o.rows[r] <= o.rows[r + 1];
+  for (int64_t k = 0; inside && k < sparse.n; ++k) {
+    const int64_t column = outlier_column(o, k);
+    inside = column >= 0 && column < in_features;
   }
   require(inside, "outliers lie outside the layer");
+  return o;
 }
 
 Weight make_weight(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
                    Address scales, bool scale_bytes, int64_t n_groups, Address zeros,
-                   bool zero_bytes, int64_t zero_width, Address bias, int64_t bits,
-                   int64_t group_size, const SparsePart& sparse) {
+                   bool zero_bytes, int64_t zero_width, int64_t bits, int64_t group_size,
+                   const SparsePart& sparse) {
   require_bits(bits);
   require(in_features >= 1 && out_features >= 1, "a layer without inputs or outputs");
   require(group_size >= 1, "group_size=" + std::to_string(group_size) + " is less than 1");
@@ -72,44 +79,93 @@ Weight make_weight(Address codes, int64_t out_features, int64_t n_words, int64_t
     require_size("words of a row of zeros", zero_width, row_words(out_features, bits));
   }
   require(codes && scales, "no address for codes or scales");
-  require(sparse.n >= 0 && (!sparse.n || (sparse.values && sparse.columns && sparse.rows)),
-          "no address for outliers");
-  const Weight w = {pointer<const int32_t>(codes),
-                    pointer<const uint16_t>(scale_bytes ? 0 : scales),
-                    pointer<const uint8_t>(scale_bytes ? scales : 0),
-                    pointer<const int32_t>(zero_bytes ? 0 : zeros),
-                    pointer<const uint8_t>(zero_bytes ? zeros : 0),
-                    pointer<const float>(bias),
-                    static_cast<int>(bits),
-                    group_size,
-                    in_features,
-                    out_features,
-                    n_groups,
-                    n_words,
-                    zero_width,
-                    pointer<const uint16_t>(sparse.values),
-                    pointer<const uint16_t>(sparse.wide ? 0 : sparse.columns),
-                    pointer<const int32_t>(sparse.wide ? sparse.columns : 0),
-                    pointer<const int32_t>(sparse.rows)};
-  require_inside(w, sparse.n);
-  return w;
+  return {pointer<const int32_t>(codes),
+          pointer<const uint16_t>(scale_bytes ? 0 : scales),
+          pointer<const uint8_t>(scale_bytes ? scales : 0),
+          pointer<const int32_t>(zero_bytes ? 0 : zeros),
+          pointer<const uint8_t>(zero_bytes ? zeros : 0),
+          static_cast<int>(bits),
+          group_size,
+          in_features,
+          out_features,
+          n_groups,
+          n_words,
+          zero_width,
+          make_outliers(sparse, out_features, in_features)};
 }
 
-void bind_linear(Address x, int64_t n_tokens, Address codes, int64_t out_features, int64_t n_words,
-                 int64_t in_features, Address scales, bool scale_bytes, int64_t n_groups,
-                 Address zeros, bool zero_bytes, int64_t zero_width, Address bias, int64_t bits,
-                 int64_t group_size, Address outlier_values, Address outlier_columns,
-                 bool wide_columns, Address outlier_rows, int64_t n_outliers, int64_t n_threads,
-                 Address y) {
-  const SparsePart sparse = {outlier_values, outlier_columns, wide_columns, outlier_rows,
-                             n_outliers};
+// The layer that `data` holds; its sizes must be the ones that the caller has room for.
+Tiles require_tiles(Address data, int64_t size, int64_t out_features, int64_t in_features) {
+  Tiles tiles;
+  require(data && data % kLine == 0 && read_tiles(pointer<const uint8_t>(data), size, &tiles),
+          "these are no tiles");
+  require_size("outputs", tiles.is.out_features, out_features);
+  require_size("inputs", tiles.is.in_features, in_features);
+  return tiles;
+}
+
+int64_t bind_tiles_size(int64_t out_features, int64_t in_features, bool scale_bytes, bool zeros,
+                        int64_t bits, int64_t group_size) {
+  require_bits(bits);
+  require(in_features >= 1 && out_features >= 1 && group_size >= 1, "an empty layer or group");
+  const uint8_t some = 0;  // only whether there are scales in bytes and zeros matters
+  Weight w{};
+  w.scale_bytes = scale_bytes ? &some : nullptr;
+  w.zero_bytes = zeros ? &some : nullptr;
+  w.bits = static_cast<int>(bits);
+  w.group_size = group_size < in_features ? group_size : in_features;
+  w.in_features = in_features;
+  w.out_features = out_features;
+  w.n_groups = (in_features + w.group_size - 1) / w.group_size;
+  return tiles_fit(w) ? tiles_size(w) : 0;
+}
+
+void bind_make_tiles(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
+                     Address scales, bool scale_bytes, int64_t n_groups, Address zeros,
+                     bool zero_bytes, int64_t zero_width, int64_t bits, int64_t group_size,
+                     int64_t n_threads, Address data, int64_t size) {
   const Weight w = make_weight(codes, out_features, n_words, in_features, scales, scale_bytes,
-                               n_groups, zeros, zero_bytes, zero_width, bias, bits, group_size,
-                               sparse);
+                               n_groups, zeros, zero_bytes, zero_width, bits, group_size, {});
+  require(tiles_fit(w), "groups of " + std::to_string(group_size) + " do not fit tiles");
+  require_size("bytes of tiles", size, tiles_size(w));
+  require(data && n_threads >= 1, "no address for the tiles, or no threads");
+  make_tiles(w, static_cast<int>(n_threads), pointer<uint8_t>(data));
+}
+
+void bind_unmake_tiles(Address data, int64_t size, int64_t out_features, int64_t in_features,
+                       int64_t n_threads, Address codes, Address scales, Address zeros) {
+  const Tiles tiles = require_tiles(data, size, out_features, in_features);
+  require(codes && scales && n_threads >= 1 && (zeros != 0) == (tiles.is.zeros != 0),
+          "no address for codes, scales or zeros, or no threads");
+  unmake_tiles(tiles, static_cast<int>(n_threads), pointer<int32_t>(codes),
+               pointer<uint8_t>(scales), pointer<uint8_t>(zeros));
+}
+
+bool bind_linear(Address x, int64_t n_tokens, int64_t in_features, Address data, int64_t size,
+                 int64_t out_features, Address bias, Address outlier_values,
+                 Address outlier_columns, bool wide_columns, Address outlier_rows,
+                 int64_t n_outliers, int64_t n_threads, Address y) {
+  const Tiles tiles = require_tiles(data, size, out_features, in_features);
+  const Outliers outliers =
+      make_outliers({outlier_values, outlier_columns, wide_columns, outlier_rows, n_outliers},
+                    out_features, in_features);
   require(n_tokens >= 0 && n_threads >= 1, "negative tokens or no threads");
-  if (n_tokens == 0) return;
+  if (n_tokens == 0) return true;
   require(x && y, "no address for x or y");
-  linear(w, pointer<const float>(x), n_tokens, static_cast<int>(n_threads), pointer<float>(y));
+  return linear(tiles, outliers, pointer<const float>(bias), pointer<const float>(x), n_tokens,
+                static_cast<int>(n_threads), pointer<float>(y));
+}
+
+void bind_dequantize_tiles(Address data, int64_t size, int64_t out_features, int64_t in_features,
+                           Address outlier_values, Address outlier_columns, bool wide_columns,
+                           Address outlier_rows, int64_t n_outliers, int64_t n_threads,
+                           Address out) {
+  const Tiles tiles = require_tiles(data, size, out_features, in_features);
+  const Outliers outliers =
+      make_outliers({outlier_values, outlier_columns, wide_columns, outlier_rows, n_outliers},
+                    out_features, in_features);
+  require(out && n_threads >= 1, "no address for the result, or no threads");
+  dequantize_tiles(tiles, outliers, static_cast<int>(n_threads), pointer<float>(out));
 }
 
 void bind_dequantize(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
@@ -121,7 +177,7 @@ void bind_dequantize(Address codes, int64_t out_features, int64_t n_words, int64
   const SparsePart sparse = {outlier_values, outlier_columns, wide_columns, outlier_rows,
                              n_outliers};
   const Weight w = make_weight(codes, out_features, n_words, in_features, scales, scale_bytes,
-                               n_groups, zeros, zero_bytes, zero_width, 0, bits, group_size, sparse);
+                               n_groups, zeros, zero_bytes, zero_width, bits, group_size, sparse);
   require(row >= 0 && n_rows >= 0 && row + n_rows <= out_features && n_threads >= 1,
           "rows outside the layer, or no threads");
   if (n_rows == 0) return;
@@ -211,6 +267,10 @@ NB_MODULE(_kernels, m) {
   using namespace lwquant;
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   m.def("linear", bind_linear, Unlocked());
+  m.def("tiles_size", bind_tiles_size);
+  m.def("make_tiles", bind_make_tiles, Unlocked());
+  m.def("unmake_tiles", bind_unmake_tiles, Unlocked());
+  m.def("dequantize_tiles", bind_dequantize_tiles, Unlocked());
   m.def("dequantize", bind_dequantize, Unlocked());
   m.def("pack", bind_pack, Unlocked());
   m.def("unpack", bind_unpack, Unlocked());

@@ -52,44 +52,35 @@ void dequantize_row(const Isa& isa, const Weight& w, int64_t row, uint8_t* codes
       out[k] = (static_cast<float>(codes[k]) - zero) * scale;
     }
   }
-  if (!w.outlier_rows) return;
-  for (int32_t k = w.outlier_rows[row]; k < w.outlier_rows[row + 1]; ++k) {
-    out[outlier_column(w, k)] += half_to_float(w.outlier_values[k]);
-  }
+  place_outliers(w.outliers, row, 1, w.in_features, out);
 }
 
-int64_t outlier_column(const Weight& w, int64_t index) {
-  return w.narrow_columns ? w.narrow_columns[index] : w.wide_columns[index];
+int64_t outlier_column(const Outliers& o, int64_t index) {
+  return o.narrow_columns ? o.narrow_columns[index] : o.wide_columns[index];
 }
 
-void add_outliers(const Weight& w, const float* x, int64_t n_tokens, int64_t row, int64_t n_rows,
-                  float* y) {
-  if (!w.outlier_rows) return;
-  for (int64_t r = row; r < row + n_rows; ++r) {
-    for (int32_t k = w.outlier_rows[r]; k < w.outlier_rows[r + 1]; ++k) {
-      const float value = half_to_float(w.outlier_values[k]);
-      const float* input = x + outlier_column(w, k);
-      for (int64_t t = 0; t < n_tokens; ++t) {
-        y[t * w.out_features + r] += value * input[t * w.in_features];
-      }
+void place_outliers(const Outliers& o, int64_t row, int64_t n_rows, int64_t in_features,
+                    float* weights) {
+  if (!o.rows) return;
+  for (int64_t r = row; r < row + n_rows; ++r, weights += in_features) {
+    for (int32_t k = o.rows[r]; k < o.rows[r + 1]; ++k) {
+      weights[outlier_column(o, k)] += half_to_float(o.values[k]);
     }
   }
 }
 
-float dot(const float* a, const float* b, int64_t n) {
-  constexpr int kLanes = 16;  // separate sums: the compiler may keep them in vectors
-  float sums[kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += a[k + lane] * b[k + lane];
+void add_outliers(const Outliers& o, const float* x, int64_t n_tokens, int64_t in_features,
+                  int64_t row, int64_t n_rows, int64_t out_features, float* y) {
+  if (!o.rows) return;
+  for (int64_t r = row; r < row + n_rows; ++r) {
+    for (int32_t k = o.rows[r]; k < o.rows[r + 1]; ++k) {
+      const float value = half_to_float(o.values[k]);
+      const float* input = x + outlier_column(o, k);
+      for (int64_t t = 0; t < n_tokens; ++t) {
+        y[t * out_features + r] += value * input[t * in_features];
+      }
+    }
   }
-  for (int lane = 0; k < n; ++k, ++lane) sums[lane] += a[k] * b[k];
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  }
-  return sums[0];
 }
-
-const Isa kReference = {"reference", unpack_row, nullptr, &kReferenceRounding};
 
 }  // namespace lwquant

@@ -9,15 +9,20 @@
 #include <stdint.h>
 
 #include "rounding.h"
+#include "tiles.h"
 
 namespace lwquant {
 
 constexpr int kWordBits = 32;
-constexpr int kStep = 32;      // codes a kernel unpacks at once: exactly `bits` words of a row
-constexpr int kTileRows = 32;  // rows of one task: exactly `bits` words of a row of zeros
-// Most steps that share one activation scale. 4 steps put 8 products of at most 255 * 32767 in a
-// 32-bit lane (AVX-512; 16 with AVX2), far from overflow.
-constexpr int kMaxSpanSteps = 4;
+constexpr int kStep = 32;  // codes that are exactly `bits` words of a row
+
+// What is added to single weights, row r from rows[r] on.
+struct Outliers {
+  const uint16_t* values;         // float16 bits
+  const uint16_t* narrow_columns; // or null
+  const int32_t* wide_columns;    // otherwise
+  const int32_t* rows;            // (out_features + 1), or null: nothing is
+};
 
 // One stored layer; the row streams are described in lwquant/ops/layout.py.
 struct Weight {
@@ -27,7 +32,6 @@ struct Weight {
   const int32_t* zeros;        // (n_groups, zero_words), or null
   const uint8_t* zero_bytes;   // (n_groups, out_features) in steps of 2^(bits-8), or null; without
                                // either every zero is 2^(bits-1)
-  const float* bias;           // (out_features), or null
   int bits;
   int64_t group_size;  // at most in_features
   int64_t in_features;
@@ -35,49 +39,45 @@ struct Weight {
   int64_t n_groups;
   int64_t row_words;
   int64_t zero_words;
-  // What is added to single weights, row r from outlier_rows[r] on; null: nothing is.
-  const uint16_t* outlier_values;   // float16 bits
-  const uint16_t* narrow_columns;   // or null
-  const int32_t* wide_columns;      // otherwise
-  const int32_t* outlier_rows;      // (out_features + 1)
+  Outliers outliers;
 };
 
 constexpr int kByteExponent = 10;  // a row's first byte, shifted so, starts its window
 constexpr int kByteStep = 6;       // the others count float16 patterns above it in steps of 2^6
 
-// The input of one call and, for the integer kernels, its 16-bit form: x = q * span_scale.
-// A span is span_steps (1, 2 or 4) steps; groups start on a span, only the last span is shorter.
+// What one more in a byte of zeros adds to the zero-point, in codes.
+constexpr float byte_zero_step(int bits) { return 1.0f / static_cast<float>(1 << (8 - bits)); }
+
+// The inputs of a call as integers: x = q * span_scale with |q| <= kLargestActivation.
+// A span is up to kMaxSpanBlocks blocks of one group: its integer products stay below 2^31.
 struct Activations {
-  const float* x;           // (n_tokens, in_features)
-  const int16_t* q;         // (n_tokens, n_steps * kStep), zero beyond in_features
+  const uint8_t* quads;     // (n_tokens, padded_inputs / 4, 8): four of q, zero beyond in_features,
+                            // as int16 or, for Isa::split, as four high and four low int8 with
+                            // q = 256 * high + low
   const float* span_scale;  // (n_tokens, n_spans)
   const float* group_sum;   // (n_tokens, n_groups): the sum of q * span_scale over the group
   int64_t n_tokens;
-  int64_t n_steps;
+  int64_t token_bytes;      // from one token's quads to the next one's
   int64_t n_spans;
-  int64_t span_steps;
+  int64_t span_blocks;      // the last span may have fewer
   int64_t spans_per_group;  // the last group may have fewer
 };
+
+constexpr int kMaxSpanBlocks = 4;
+constexpr int kLargestActivation = 127 * 256 + 127;  // the low byte is signed, too
+constexpr int kQuadBytes = 8;
 
 // One instruction set.
 struct Isa {
   const char* name;
   // n codes of one row stream -> n bytes. Reads ceil(n * bits / 32) words and no more.
   void (*unpack_row)(int bits, const int32_t* words, int64_t n, uint8_t* codes);
-  // y[:, row : row + n_rows] for a tile that starts at a multiple of kTileRows.
-  // `scratch` has room for scratch_floats(n_groups). Null: use the float kernel.
-  void (*linear_tile)(const Weight&, const Activations&, int64_t row, int64_t n_rows,
-                      float* scratch, float* y);
+  bool split;  // how it wants activations
+  // The tile's rows of y (n_tokens, out_features) = x Wᵀ + bias; bias may be null.
+  void (*multiply_tile)(const Tiles&, const Activations&, int64_t tile, const float* bias,
+                        float* y);
   const RoundingLoops* rounding;
 };
-
-// What one more in a byte of zeros adds to the zero-point, in codes.
-constexpr float byte_zero_step(int bits) { return 1.0f / static_cast<float>(1 << (8 - bits)); }
-
-// A tile's zeros and two rows of scales, as floats, each row of scales in whole vectors of 16.
-constexpr int64_t scratch_floats(int64_t n_groups) {
-  return n_groups * kTileRows + 2 * (n_groups + 16);
-}
 
 extern const Isa kReference;
 #ifdef LWQUANT_X86
@@ -97,15 +97,31 @@ float scale_at(const Weight&, int64_t row, int64_t group);
 float zero_at(const Weight&, int64_t row, int64_t group);
 // One row as float32: (code - zero) * scale + outlier. `codes` has room for in_features bytes.
 void dequantize_row(const Isa&, const Weight&, int64_t row, uint8_t* codes, float* out);
-int64_t outlier_column(const Weight&, int64_t index);
+int64_t outlier_column(const Outliers&, int64_t index);
+// weights (out_features, in_features): adds the outliers of rows [row, row + n_rows).
+void place_outliers(const Outliers&, int64_t row, int64_t n_rows, int64_t in_features,
+                    float* weights);
 // y (n_tokens, out_features): adds what the outliers of rows [row, row + n_rows) make of x.
-void add_outliers(const Weight&, const float* x, int64_t n_tokens, int64_t row, int64_t n_rows,
-                  float* y);
-float dot(const float* a, const float* b, int64_t n);
+void add_outliers(const Outliers&, const float* x, int64_t n_tokens, int64_t in_features,
+                  int64_t row, int64_t n_rows, int64_t out_features, float* y);
 
-// activations.cpp: false when a value is NaN or infinite (then q means nothing)
-bool quantize_activations(const Weight&, const Activations&, int16_t* q, float* span_scale,
-                          float* group_sum);
+// tiles.cpp
+bool tiles_fit(const Weight&);  // whether its groups are whole steps
+int64_t tiles_size(const Weight&);
+void make_tiles(const Weight&, int n_threads, uint8_t* data);  // outliers are not in it
+bool read_tiles(const uint8_t* data, int64_t size, Tiles* out);  // false: these are no tiles
+// The row streams again; `zeros` (n_groups, out_features) in bytes, null where there are none.
+void unmake_tiles(const Tiles&, int n_threads, int32_t* codes, uint8_t* scales, uint8_t* zeros);
+// out (out_features, in_features), with outliers.
+void dequantize_tiles(const Tiles&, const Outliers&, int n_threads, float* out);
+// The codes of one tile, (kTileOutputs, padded_inputs).
+void tile_codes(const Tiles&, int64_t tile, uint8_t* codes);
+float tile_scale(const Tiles&, int64_t tile, int64_t row, int64_t group);
+float tile_zero(const Tiles&, int64_t tile, int64_t row, int64_t group);
+
+// activations.cpp: false when a value is NaN or infinite (then quads mean nothing)
+bool quantize_activations(const Tiles&, const Activations&, const float* x, bool split,
+                          uint8_t* quads, float* span_scale, float* group_sum);
 
 // dispatch.cpp
 int available_isas(const Isa** out, int capacity);  // best last; returns how many
@@ -113,8 +129,10 @@ const Isa& current_isa();
 bool select_isa(const char* name);  // false: unknown, or not on this machine
 
 // linear.cpp: the host functions; shapes have been checked
-// y (n_tokens, out_features) = x Wᵀ + bias.
-void linear(const Weight&, const float* x, int64_t n_tokens, int n_threads, float* y);
+// y (n_tokens, out_features) = x Wᵀ + bias. False when x holds NaN or infinity, which integers
+// cannot: y means nothing then.
+bool linear(const Tiles&, const Outliers&, const float* bias, const float* x, int64_t n_tokens,
+            int n_threads, float* y);
 // out (n_rows, in_features): rows [row, row + n_rows) as float32.
 void dequantize(const Weight&, int64_t row, int64_t n_rows, int n_threads, float* out);
 

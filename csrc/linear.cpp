@@ -1,4 +1,4 @@
-// The host side of a matmul: quantize the activations, cut the rows into tiles, share them out.
+// The host side: quantize the activations of a block of tokens, share the rows out.
 #include "kernels.h"
 #include "pool.h"
 
@@ -10,6 +10,9 @@ namespace {
 
 // Below this many products a second thread costs more to wake than it saves.
 constexpr int64_t kProductsPerThread = int64_t{1} << 18;
+constexpr int64_t kBlockRows = 2 * kTileOutputs;  // of one task
+constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of activations
+constexpr int64_t kMinBlockTokens = 16;
 
 // Not zeroed, unlike std::vector: all of it is written before it is read.
 template <typename T>
@@ -22,95 +25,75 @@ int useful_threads(int n_threads, int64_t products) {
   return static_cast<int>(std::min<int64_t>(n_threads, most));
 }
 
-bool integer_kernel_fits(const Isa& isa, const Weight& w) {
-  return isa.linear_tile && (w.n_groups == 1 || w.group_size % kStep == 0);
+// The longest span that groups are whole numbers of, in blocks.
+int64_t span_blocks(const Tiles& w) {
+  if (w.n_groups == 1) return kMaxSpanBlocks;
+  int64_t blocks = kMaxSpanBlocks;
+  while (w.is.group_size % (blocks * kBlockInputs) != 0) blocks /= 2;
+  return blocks;
 }
 
-// The longest span that groups are whole numbers of.
-int64_t span_steps(const Weight& w) {
-  if (w.n_groups == 1) return kMaxSpanSteps;
-  int64_t steps = kMaxSpanSteps;
-  while (w.group_size % (steps * kStep) != 0) steps /= 2;
-  return steps;
-}
-
-// Runs body(first_row, n_rows, seat) for tiles of kTileRows rows.
+// Runs body(first_row, n_rows, seat) for blocks of kBlockRows rows.
 template <typename Body>
-void for_each_tile(int64_t n_rows, int n_threads, Body body) {
+void for_each_block(int64_t n_rows, int n_threads, Body body) {
   struct Context {
     Body* body;
     int64_t n_rows;
   } context{&body, n_rows};
-  const int n_tiles = static_cast<int>((n_rows + kTileRows - 1) / kTileRows);
+  const int n_blocks = static_cast<int>((n_rows + kBlockRows - 1) / kBlockRows);
   run_tasks(
-      n_tiles, n_threads,
+      n_blocks, n_threads,
       [](void* pointer, int index, int seat) {
         const Context& c = *static_cast<Context*>(pointer);
-        const int64_t first = static_cast<int64_t>(index) * kTileRows;
-        (*c.body)(first, std::min<int64_t>(kTileRows, c.n_rows - first), seat);
+        const int64_t first = static_cast<int64_t>(index) * kBlockRows;
+        (*c.body)(first, std::min<int64_t>(kBlockRows, c.n_rows - first), seat);
       },
       &context);
 }
 
-// False when the activations hold NaN or infinity, which integers cannot.
-bool linear_integer(const Isa& isa, const Weight& w, const float* x, int64_t n_tokens,
-                    int n_threads, float* y) {
-  Activations a{};
-  a.x = x;
-  a.n_tokens = n_tokens;
-  a.n_steps = (w.in_features + kStep - 1) / kStep;
-  a.span_steps = span_steps(w);
-  a.n_spans = (a.n_steps + a.span_steps - 1) / a.span_steps;
-  const int64_t group_steps = (w.group_size + kStep - 1) / kStep;
-  a.spans_per_group = (group_steps + a.span_steps - 1) / a.span_steps;
-  auto q = buffer<int16_t>(n_tokens * a.n_steps * kStep);
-  auto span_scale = buffer<float>(n_tokens * a.n_spans);
-  auto group_sum = buffer<float>(n_tokens * w.n_groups);
-  if (!quantize_activations(w, a, q.get(), span_scale.get(), group_sum.get())) return false;
-  a.q = q.get();
-  a.span_scale = span_scale.get();
-  a.group_sum = group_sum.get();
-
-  const int64_t tile_floats = scratch_floats(w.n_groups);
-  auto scratch = buffer<float>(tile_floats * n_threads);
-  for_each_tile(w.out_features, n_threads, [&](int64_t row, int64_t n_rows, int seat) {
-    isa.linear_tile(w, a, row, n_rows, scratch.get() + seat * tile_floats, y);
-    add_outliers(w, x, n_tokens, row, n_rows, y);
-  });
-  return true;
-}
-
-void linear_float(const Isa& isa, const Weight& w, const float* x, int64_t n_tokens,
-                  int n_threads, float* y) {
-  auto codes = buffer<uint8_t>(w.in_features * n_threads);
-  auto floats = buffer<float>(w.in_features * n_threads);
-  for_each_tile(w.out_features, n_threads, [&](int64_t first, int64_t n_rows, int seat) {
-    float* weights = floats.get() + seat * w.in_features;
-    for (int64_t row = first; row < first + n_rows; ++row) {
-      dequantize_row(isa, w, row, codes.get() + seat * w.in_features, weights);
-      const float bias = w.bias ? w.bias[row] : 0.0f;
-      for (int64_t token = 0; token < n_tokens; ++token) {
-        const float* input = x + token * w.in_features;
-        y[token * w.out_features + row] = dot(weights, input, w.in_features) + bias;
-      }
-    }
-  });
-}
-
 }  // namespace
 
-void linear(const Weight& w, const float* x, int64_t n_tokens, int n_threads, float* y) {
+bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const float* x,
+            int64_t n_tokens, int n_threads, float* y) {
   const Isa& isa = current_isa();
-  n_threads = useful_threads(n_threads, w.out_features * w.in_features * n_tokens);
-  if (integer_kernel_fits(isa, w) && linear_integer(isa, w, x, n_tokens, n_threads, y)) return;
-  linear_float(isa, w, x, n_tokens, n_threads, y);
+  const int64_t in_features = w.is.in_features, out_features = w.is.out_features;
+  n_threads = useful_threads(n_threads, out_features * in_features * n_tokens);
+  Activations a{};
+  a.token_bytes = w.padded_inputs / kQuad * kQuadBytes;
+  a.span_blocks = span_blocks(w);
+  const int64_t span_inputs = a.span_blocks * kBlockInputs;
+  a.n_spans = (w.padded_inputs + span_inputs - 1) / span_inputs;
+  a.spans_per_group = (w.is.group_size + span_inputs - 1) / span_inputs;
+  // All tokens of a block stay in the L2 cache beside the tile that reads them.
+  const int64_t block = std::max<int64_t>(kMinBlockTokens, kBlockBytes / a.token_bytes);
+  const int64_t n_most = std::min(n_tokens, block);
+  auto quads = buffer<uint8_t>(n_most * a.token_bytes + kLine);
+  auto span_scale = buffer<float>(n_most * a.n_spans);
+  auto group_sum = buffer<float>(n_most * w.n_groups);
+  a.quads = quads.get(), a.span_scale = span_scale.get(), a.group_sum = group_sum.get();
+  for (int64_t first = 0; first < n_tokens; first += block) {
+    a.n_tokens = std::min(block, n_tokens - first);
+    const float* inputs = x + first * in_features;
+    float* outputs = y + first * out_features;
+    if (!quantize_activations(w, a, inputs, isa.split, quads.get(), span_scale.get(),
+                              group_sum.get())) {
+      return false;
+    }
+    for_each_block(out_features, n_threads, [&](int64_t row, int64_t n_rows, int) {
+      for (int64_t r = row; r < row + n_rows; r += kTileOutputs) {
+        isa.multiply_tile(w, a, r / kTileOutputs, bias, outputs);
+      }
+      add_outliers(outliers, inputs, a.n_tokens, in_features, row, n_rows, out_features, outputs);
+    });
+  }
+  return true;
 }
 
 void dequantize(const Weight& w, int64_t row, int64_t n_rows, int n_threads, float* out) {
   const Isa& isa = current_isa();
   n_threads = useful_threads(n_threads, n_rows * w.in_features);
   auto codes = buffer<uint8_t>(w.in_features * n_threads);
-  for_each_tile(n_rows, n_threads, [&](int64_t first, int64_t n_here, int seat) {
+  for_each_block(n_rows, n_threads, [&](int64_t first, int64_t n_here, int seat) {
     for (int64_t r = first; r < first + n_here; ++r) {
       dequantize_row(isa, w, row + r, codes.get() + seat * w.in_features, out + r * w.in_features);
     }

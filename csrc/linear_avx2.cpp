@@ -1,10 +1,10 @@
-// y = x Wᵀ with AVX2, straight from the stored row stream; same integers as the AVX-512 kernel.
+// The tiles' matmul with AVX2, and unpacking of row streams; the same integers as AVX-512.
 //
-// 32 codes are exactly `bits` words, loaded once and unpacked in two halves of 16. AVX2 has no 16-bit variable right shift, so a code is moved to the
-// top of its slot by a multiplication with a power of two, then down by one common shift.
-// `vpmaddwd` multiplies by the 16-bit activations: no saturation, unlike `vpmaddubsw`.
-// Bytes moved per weight: bits/8 + (2 + bits/8) / group_size. Expected limit: unpacking,
-// 4 instructions for 16 codes.
+// `vpmaddwd` multiplies codes by the 16-bit activations: no saturation, unlike `vpmaddubsw`.
+//
+// In a row stream 32 codes are exactly `bits` words, loaded once and unpacked in two halves of 16.
+// AVX2 has no 16-bit variable right shift, so a code is moved to the top of its slot by a
+// multiplication with a power of two, then down by one common shift.
 #include "kernels.h"
 
 #include <immintrin.h>
@@ -81,177 +81,158 @@ __m256i unpack_half(__m256i packed) {
   return _mm256_srli_epi16(high, 16 - BITS);
 }
 
-float add_lanes(__m256 v) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+// Sums of four rows, two lanes each, and of the next four -> sums of eight rows.
+__m256i add_pairs(__m256i first, __m256i second) {
+  return _mm256_permute4x64_epi64(_mm256_hadd_epi32(first, second), 0xd8);
 }
 
-void store_shares(__m256i codes, float step, float* out) {
-  const __m256 share = _mm256_set1_ps(-step / 8);
-  const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(codes));
-  const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(codes, 1));
-  _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(low), share));
-  _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(high), share));
+struct Params {
+  const uint8_t* at;  // of the next group
+  __m256i windows;    // with scales in bytes: where each row's start, as float16 patterns
+};
+
+void load_scales(const Tiles& w, const Params& p, __m256 (&scales)[2]) {
+  __m256i halves;
+  if (w.is.scale_bytes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p.at));
+    const __m256i above = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), kByteStep);
+    halves = _mm256_add_epi16(p.windows, above);
+  } else {
+    halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.at));
+  }
+  scales[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  scales[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
 }
 
-// The zeros of a tile, negated and divided among the 8 lanes of a sum: (n_groups, kTileRows).
-template <int BITS>
-void tile_zeros(const Weight& w, int64_t row, float* zeros) {
-  const int64_t first_word = row / kStep * BITS;
-  const float step = w.zero_bytes ? byte_zero_step(BITS) : 1.0f;
-  for (int64_t group = 0; group < w.n_groups; ++group, zeros += kTileRows) {
-    __m256i low = _mm256_set1_epi16(1 << (BITS - 1)), high = low;
-    if (w.zeros) {
-      const int32_t* words = w.zeros + group * w.zero_words + first_word;
-      const __m256i packed = load_step<BITS>(words, w.zero_words - first_word);
-      low = unpack_half<BITS, 0>(packed);
-      high = unpack_half<BITS, 1>(packed);
-    } else if (w.zero_bytes) {
-      const int64_t rest = w.out_features - row;
-      const uint8_t* first = w.zero_bytes + group * w.out_features + row;
-      uint8_t bytes[kTileRows] = {};
-      memcpy(bytes, first, static_cast<size_t>(rest < kTileRows ? rest : kTileRows));
-      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
-      low = unpack_half<8, 0>(packed);
-      high = unpack_half<8, 1>(packed);
-    }
-    store_shares(low, step, zeros);
-    store_shares(high, step, zeros + kHalf);
+void load_zeros(const Tiles& w, const Params& p, __m256 (&zeros)[2]) {
+  const uint8_t* at = p.at + kTileOutputs * (w.is.scale_bytes ? 1 : 2);
+  for (int half = 0; half < 2; ++half) {
+    zeros[half] = _mm256_set1_ps(static_cast<float>(1 << (w.is.bits - 1)));
+    if (!w.is.zeros) continue;
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 8 * half));
+    const __m256 codes = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+    zeros[half] = _mm256_mul_ps(codes, _mm256_set1_ps(w.zero_step));
   }
 }
 
-void row_halves(const uint16_t* halves, int64_t n_groups, float* scales) {
-  int64_t group = 0;
-  for (; group + 8 <= n_groups; group += 8) {
-    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + group));
-    _mm256_storeu_ps(scales + group, _mm256_cvtph_ps(eight));
-  }
-  for (; group < n_groups; ++group) scales[group] = _cvtsh_ss(halves[group]);
-}
+using Vec = __m256i;
+#define INLINE inline __attribute__((always_inline))
 
-void row_bytes(const uint8_t* bytes, int64_t n_groups, float* scales) {
-  const int start = *bytes++ << kByteExponent;
-  int64_t group = 0;
-  for (; group + 8 <= n_groups; group += 8) {
-    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + group));
-    const __m128i above = _mm_slli_epi16(_mm_cvtepu8_epi16(eight), kByteStep);
-    const __m128i halves = _mm_add_epi16(_mm_set1_epi16(static_cast<int16_t>(start)), above);
-    _mm256_storeu_ps(scales + group, _mm256_cvtph_ps(halves));
-  }
-  for (; group < n_groups; ++group) {
-    scales[group] = _cvtsh_ss(static_cast<uint16_t>(start + (bytes[group] << kByteStep)));
-  }
+template <int N>
+INLINE __m256i shift_right(__m256i v) {
+  return _mm256_srli_epi16(v, N);
 }
-
-void row_scales(const Weight& w, int64_t row, float* scales) {
-  if (w.scales) return row_halves(w.scales + row * w.n_groups, w.n_groups, scales);
-  row_bytes(w.scale_bytes + row * (1 + w.n_groups), w.n_groups, scales);
+INLINE __m256i keep(__m256i v, int bits) {
+  return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(bits)));
 }
+INLINE __m256i merge(__m256i a, __m256i b, int bits) { return _mm256_or_si256(a, keep(b, bits)); }
 
-// One step of 32 inputs: exact integer sums of code * q. `rest`: words left in the row.
+#include "unpack_block.inc"
+
+// Adds codes * q of half a block, 8 rows, for TOKENS tokens; a sum of a row is two lanes.
 template <int BITS, int TOKENS>
-inline __attribute__((always_inline)) void add_step(const int32_t* words, int64_t rest,
-                                                    const int16_t* q, int64_t q_stride,
-                                                    __m256i (&products)[TOKENS]) {
-  const __m256i packed = load_step<BITS>(words, rest);
-  const __m256i low = unpack_half<BITS, 0>(packed);
-  const __m256i high = unpack_half<BITS, 1>(packed);
-  for (int t = 0; t < TOKENS; ++t) {
-    const int16_t* x = q + t * q_stride;
-    const __m256i x_low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    const __m256i x_high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + kHalf));
-    products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(low, x_low));
-    products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(high, x_high));
+INLINE void multiply_block(const uint8_t* codes, const uint8_t* quads, int64_t token_bytes,
+                           __m256i (&sums)[TOKENS][2]) {
+  __m256i packed[BITS], unpacked[kBlockVectors];
+  for (int i = 0; i < BITS; ++i) {
+    packed[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i * kLine));
+  }
+  Block<BITS>::unpack(packed, unpacked);
+  for (int v = 0; v < kBlockVectors; ++v) {
+    const __m256i low = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(unpacked[v]));
+    const __m256i high = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(unpacked[v], 1));
+    for (int t = 0; t < TOKENS; ++t) {
+      int64_t four;
+      memcpy(&four, quads + v * kQuadBytes + t * token_bytes, sizeof four);
+      const __m256i q = _mm256_set1_epi64x(four);
+      sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(low, q));
+      sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(high, q));
+    }
   }
 }
 
-// y for one row and TOKENS tokens. `zeros` has stride kTileRows over groups, `scales` 1.
-template <int BITS, int STEPS, int TOKENS>
-void multiply(const Weight& w, const Activations& a, int64_t row, int64_t token,
-              const float* zeros, const float* scales, float* y) {
-  const int32_t* codes = w.codes + row * w.row_words;
-  const int64_t q_stride = a.n_steps * kStep;
-  const int16_t* q = a.q + token * q_stride;
+// y of one tile for TOKENS tokens from `token` on.
+template <int BITS, int TOKENS>
+void multiply_tokens(const Tiles& w, const Activations& a, int64_t tile, int64_t token,
+                     const float* bias, float* y) {
+  const uint8_t* begin = w.first + tile * w.tile_bytes;
+  const uint8_t* codes = begin + w.codes_offset;
+  Params params = {begin, _mm256_setzero_si256()};
+  if (w.is.scale_bytes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(begin));
+    params.windows = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), kByteExponent);
+    params.at += kTileOutputs;
+  }
+  const uint8_t* quads = a.quads + token * a.token_bytes;
   const float* span_scale = a.span_scale + token * a.n_spans;
   const float* group_sum = a.group_sum + token * w.n_groups;
-  // Spans that end this many words before the row does need no care in loading.
-  const int64_t careful = w.row_words - STEPS * BITS - 8;
-
-  __m256 total[TOKENS];
-  for (int t = 0; t < TOKENS; ++t) total[t] = _mm256_setzero_ps();
-  int64_t span = 0;
-  int64_t word = 0;
-  for (int64_t group = 0; group < w.n_groups; ++group) {
-    const __m256 zero = _mm256_set1_ps(zeros[group * kTileRows]);
-    __m256 sum[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) {
-      sum[t] = _mm256_mul_ps(zero, _mm256_set1_ps(group_sum[t * w.n_groups + group]));
-    }
+  __m256 total[TOKENS][2];
+  for (int t = 0; t < TOKENS; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
+  int64_t span = 0, left = w.padded_inputs / kBlockInputs;
+  for (int64_t group = 0; group < w.n_groups; ++group, params.at += w.group_bytes) {
+    __m256 scales[2], zeros[2];
+    load_scales(w, params, scales);
+    load_zeros(w, params, zeros);
     const int64_t all = span + a.spans_per_group;
     const int64_t stop = all < a.n_spans ? all : a.n_spans;
     for (; span < stop; ++span) {
-      __m256i products[TOKENS];
-      for (int t = 0; t < TOKENS; ++t) products[t] = _mm256_setzero_si256();
-      if (word <= careful) {
-#pragma GCC unroll 4
-        for (int step = 0; step < STEPS; ++step, word += BITS, q += kStep) {
-          add_step<BITS, TOKENS>(codes + word, kWordBits, q, q_stride, products);
+      const int64_t n_blocks = left < a.span_blocks ? left : a.span_blocks;
+      for (int half = 0; half < 2; ++half) {
+        __m256i sums[TOKENS][2];
+        for (int t = 0; t < TOKENS; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
+        for (int64_t block = 0; block < n_blocks; ++block) {
+          multiply_block<BITS, TOKENS>(codes + block * BITS * kLine + half * kLine / 2,
+                                       quads + block * kBlockVectors * kQuadBytes, a.token_bytes,
+                                       sums);
         }
-      } else {
-        for (int step = 0; step < STEPS && word < w.row_words; ++step, word += BITS, q += kStep) {
-          add_step<BITS, TOKENS>(codes + word, w.row_words - word, q, q_stride, products);
+        for (int t = 0; t < TOKENS; ++t) {
+          const __m256i rows = add_pairs(sums[t][0], sums[t][1]);
+          const __m256 own = _mm256_set1_ps(span_scale[t * a.n_spans + span]);
+          const __m256 both = _mm256_mul_ps(scales[half], own);
+          total[t][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(rows), both, total[t][half]);
         }
       }
-      for (int t = 0; t < TOKENS; ++t) {
-        const __m256 scale = _mm256_set1_ps(span_scale[t * a.n_spans + span]);
-        sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[t]), scale, sum[t]);
+      codes += n_blocks * BITS * kLine, quads += n_blocks * kBlockVectors * kQuadBytes;
+      left -= n_blocks;
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+      const __m256 inputs = _mm256_set1_ps(group_sum[t * w.n_groups + group]);
+      for (int half = 0; half < 2; ++half) {
+        const __m256 below = _mm256_mul_ps(scales[half], zeros[half]);
+        total[t][half] = _mm256_fnmadd_ps(below, inputs, total[t][half]);
       }
     }
-    const __m256 scale = _mm256_set1_ps(scales[group]);
-    for (int t = 0; t < TOKENS; ++t) total[t] = _mm256_fmadd_ps(sum[t], scale, total[t]);
   }
-  const float bias = w.bias ? w.bias[row] : 0.0f;
+  const int64_t row = tile * kTileOutputs, rest = w.is.out_features - row;
   for (int t = 0; t < TOKENS; ++t) {
-    y[(token + t) * w.out_features + row] = add_lanes(total[t]) + bias;
-  }
-}
-
-template <int BITS, int STEPS>
-void tile(const Weight& w, const Activations& a, int64_t first_row, int64_t n_rows,
-          float* scratch, float* y) {
-  float* scales = scratch + w.n_groups * kTileRows;
-  tile_zeros<BITS>(w, first_row, scratch);
-  for (int64_t place = 0; place < n_rows; ++place) {
-    const int64_t row = first_row + place;
-    const float* zeros = scratch + place;
-    row_scales(w, row, scales);
-    int64_t t = 0;
-    for (; t + 4 <= a.n_tokens; t += 4) multiply<BITS, STEPS, 4>(w, a, row, t, zeros, scales, y);
-    for (; t < a.n_tokens; ++t) multiply<BITS, STEPS, 1>(w, a, row, t, zeros, scales, y);
+    float rows[kTileOutputs];
+    _mm256_storeu_ps(rows, total[t][0]);
+    _mm256_storeu_ps(rows + 8, total[t][1]);
+    float* out = y + (token + t) * w.is.out_features + row;
+    for (int64_t r = 0; r < kTileOutputs && r < rest; ++r) {
+      out[r] = rows[r] + (bias ? bias[row + r] : 0.0f);
+    }
   }
 }
 
 template <int BITS>
-void tile_of(const Weight& w, const Activations& a, int64_t row, int64_t n_rows, float* scratch,
-             float* y) {
-  switch (a.span_steps) {
-    case 1: return tile<BITS, 1>(w, a, row, n_rows, scratch, y);
-    case 2: return tile<BITS, 2>(w, a, row, n_rows, scratch, y);
-    default: return tile<BITS, 4>(w, a, row, n_rows, scratch, y);
-  }
+void multiply_width(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
+                    float* y) {
+  int64_t t = 0;
+  for (; t + 2 <= a.n_tokens; t += 2) multiply_tokens<BITS, 2>(w, a, tile, t, bias, y);
+  if (t < a.n_tokens) multiply_tokens<BITS, 1>(w, a, tile, t, bias, y);
 }
 
-void linear_tile(const Weight& w, const Activations& a, int64_t row, int64_t n_rows,
-                 float* scratch, float* y) {
-  switch (w.bits) {
-    case 2: return tile_of<2>(w, a, row, n_rows, scratch, y);
-    case 3: return tile_of<3>(w, a, row, n_rows, scratch, y);
-    case 4: return tile_of<4>(w, a, row, n_rows, scratch, y);
-    case 5: return tile_of<5>(w, a, row, n_rows, scratch, y);
-    case 6: return tile_of<6>(w, a, row, n_rows, scratch, y);
-    case 7: return tile_of<7>(w, a, row, n_rows, scratch, y);
-    default: return tile_of<8>(w, a, row, n_rows, scratch, y);
+void multiply_tile(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
+                   float* y) {
+  switch (w.is.bits) {
+    case 2: return multiply_width<2>(w, a, tile, bias, y);
+    case 3: return multiply_width<3>(w, a, tile, bias, y);
+    case 4: return multiply_width<4>(w, a, tile, bias, y);
+    case 5: return multiply_width<5>(w, a, tile, bias, y);
+    case 6: return multiply_width<6>(w, a, tile, bias, y);
+    case 7: return multiply_width<7>(w, a, tile, bias, y);
+    default: return multiply_width<8>(w, a, tile, bias, y);
   }
 }
 
@@ -288,6 +269,6 @@ void unpack_any(int bits, const int32_t* words, int64_t n, uint8_t* codes) {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", unpack_any, linear_tile, &kAvx2Rounding};
+const Isa kAvx2 = {"avx2", unpack_any, false, multiply_tile, &kAvx2Rounding};
 
 }  // namespace lwquant

@@ -1,20 +1,24 @@
-// y = x Wᵀ with AVX-512 VNNI, straight from the stored row stream, 2 rows x up to 4 tokens at once.
+// The tiles' matmul with AVX-512 VNNI, for up to 8 tokens at once, and unpacking of row streams.
 //
-// 32 codes are exactly `bits` words: load them, bring to each 128-bit lane the words of its 8
-// codes (vpermd), to each 16-bit slot the two bytes its code lies in (vpshufb), shift, mask.
-// `vpdpwssd` multiplies them by the 16-bit activations; the sum over a span is exact. The zero-point
-// is folded: sum((code - zero) q) = sum(code q) - zero * sum(q), the last known per group.
-// Per 32 weights and token: 1 load, 1 dot; per span: 1 convert, 1 multiply-add; per group: 2 more.
-// Bytes moved per weight: bits/8 + (2 + bits/8) / group_size. Expected limit: at M=1 memory above
-// about 4 bits, unpacking (5 instructions for 32 codes) below.
+// A vector holds four inputs of 16 rows. `vpdpbusd` multiplies its codes by four activations that
+// it broadcasts from memory, once for their high and once for their low bytes: per 64 weights and
+// token 2 instructions, beside about 2 to unpack. Both sums of a span are exact. Scales and zeros
+// are vectors of 16 rows, so nothing is ever summed across lanes.
+// Bytes moved per weight: bits/8 + (scale + zero) / group_size.
+// Expected limit: memory at one token, `vpdpbusd` from 2 or 3 on.
+//
+// In a row stream 32 codes are exactly `bits` words: load them, bring to each 128-bit lane the words
+// of its 8 codes (vpermd), to each 16-bit slot the two bytes its code lies in (vpshufb), shift, mask.
 #include "kernels.h"
 
 #include <immintrin.h>
+#include <string.h>
 
 namespace lwquant {
 namespace {
 
 constexpr int kLaneCodes = 8;
+constexpr int64_t kAhead = 6144;  // bytes that are fetched ahead of their use
 
 // Where lane j (8 codes, `BITS` bytes) and slot i (one code) find their bits.
 template <int BITS>
@@ -68,193 +72,165 @@ __m512i unpack_step(const int32_t* words, int64_t rest) {
   return _mm512_and_si512(codes, _mm512_set1_epi16((1 << BITS) - 1));
 }
 
-// The zeros of a tile, negated and divided among the 16 lanes of a sum: (n_groups, kTileRows).
-template <int BITS>
-void tile_zeros(const Weight& w, int64_t row, float* zeros) {
-  const int64_t first_word = row / kStep * BITS;
-  const __m512 share = _mm512_set1_ps(-(w.zero_bytes ? byte_zero_step(BITS) : 1.0f) / 16);
-  const int64_t rest = w.out_features - row;
-  const __mmask32 present = static_cast<__mmask32>((1ull << (rest < kStep ? rest : kStep)) - 1);
-  for (int64_t group = 0; group < w.n_groups; ++group, zeros += kTileRows) {
-    __m512i codes = _mm512_set1_epi16(1 << (BITS - 1));
-    if (w.zeros) {
-      const int32_t* words = w.zeros + group * w.zero_words + first_word;
-      codes = unpack_step<BITS>(words, w.zero_words - first_word);
-    } else if (w.zero_bytes) {
-      const uint8_t* bytes = w.zero_bytes + group * w.out_features + row;
-      codes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(present, bytes));
-    }
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(codes));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(codes, 1));
-    _mm512_storeu_ps(zeros, _mm512_mul_ps(_mm512_cvtepi32_ps(low), share));
-    _mm512_storeu_ps(zeros + 16, _mm512_mul_ps(_mm512_cvtepi32_ps(high), share));
-  }
+using Vec = __m512i;
+#define INLINE inline __attribute__((always_inline))
+
+template <int N>
+INLINE __m512i shift_right(__m512i v) {
+  return _mm512_srli_epi16(v, N);
+}
+INLINE __m512i keep(__m512i v, int bits) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(bits)));
+}
+INLINE __m512i merge(__m512i a, __m512i b, int bits) {
+  constexpr int kOrAnd = 0xf8;  // a | (b & c)
+  return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi8(static_cast<char>(bits)), kOrAnd);
 }
 
-void row_scales(const Weight& w, int64_t row, float* scales) {
-  const uint8_t* bytes = w.scales ? nullptr : w.scale_bytes + row * (1 + w.n_groups);
-  const int first = bytes ? *bytes << kByteExponent : 0;
-  const __m256i start = _mm256_set1_epi16(static_cast<int16_t>(first));
-  for (int64_t group = 0; group < w.n_groups; group += 16) {
-    const int64_t rest = w.n_groups - group;
-    const __mmask16 present = static_cast<__mmask16>((1u << (rest < 16 ? rest : 16)) - 1);
-    __m256i halves;
-    if (!bytes) {
-      halves = _mm256_maskz_loadu_epi16(present, w.scales + row * w.n_groups + group);
-    } else {
-      const __m128i sixteen = _mm_maskz_loadu_epi8(present, bytes + 1 + group);
-      const __m256i above = _mm256_slli_epi16(_mm256_cvtepu8_epi16(sixteen), kByteStep);
-      halves = _mm256_add_epi16(start, above);
-    }
-    _mm512_storeu_ps(scales + group, _mm512_cvtph_ps(halves));
-  }
-}
+#include "unpack_block.inc"
 
-// Two rows, which may be the same one; what a row needs, at hand.
-struct Rows {
-  const int32_t* codes[2];
-  const float* zeros[2];   // stride kTileRows over groups
-  const float* scales[2];  // stride 1 over groups
+struct Params {
+  const uint8_t* at;  // of the next group
+  __m256i windows;    // with scales in bytes: where each row's start, as float16 patterns
 };
 
-// One step of 32 inputs: exact integer sums of code * q. `rest`: words left in the row.
+INLINE __m512 load_scales(const Tiles& w, const Params& p) {
+  __m256i halves;
+  if (w.is.scale_bytes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p.at));
+    const __m256i above = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), kByteStep);
+    halves = _mm256_add_epi16(p.windows, above);
+  } else {
+    halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.at));
+  }
+  return _mm512_cvtph_ps(halves);
+}
+
+INLINE __m512 load_zeros(const Tiles& w, const Params& p) {
+  if (!w.is.zeros) return _mm512_set1_ps(static_cast<float>(1 << (w.is.bits - 1)));
+  const uint8_t* zeros = p.at + kTileOutputs * (w.is.scale_bytes ? 1 : 2);
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros));
+  const __m512 codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+  return _mm512_mul_ps(codes, _mm512_set1_ps(w.zero_step));
+}
+
+// Adds the products of 64 codes and four int8 activations, the same for every row. In assembly,
+// since g++ 12 copies every sum before it adds to it.
+INLINE void add_products(__m512i& sum, __m512i codes, const uint8_t* four) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sum)
+      : "v"(codes), "m"(*reinterpret_cast<const int32_t*>(four)));
+}
+
+// Adds codes * q of one block for TOKENS tokens: with the high bytes of q and with the low ones.
 template <int BITS, int TOKENS>
-inline __attribute__((always_inline)) void add_step(const Rows& rows, int64_t word, int64_t rest,
-                                                    const int16_t* q, int64_t q_stride,
-                                                    __m512i (&products)[2][TOKENS]) {
-  const __m512i first = unpack_step<BITS>(rows.codes[0] + word, rest);
-  const __m512i second = unpack_step<BITS>(rows.codes[1] + word, rest);
-  for (int t = 0; t < TOKENS; ++t) {
-    const __m512i x = _mm512_loadu_si512(q + t * q_stride);
-    products[0][t] = _mm512_dpwssd_epi32(products[0][t], first, x);
-    products[1][t] = _mm512_dpwssd_epi32(products[1][t], second, x);
+INLINE void multiply_block(const uint8_t* codes, const uint8_t* quads, int64_t token_bytes,
+                           __m512i (&high)[2][TOKENS], __m512i (&low)[2][TOKENS]) {
+  // One dot product has to wait for the last into the same sum: with few tokens, more sums.
+  constexpr int kSets = TOKENS <= 2 ? 2 : 1;
+  __m512i packed[BITS], unpacked[kBlockVectors];
+  for (int i = 0; i < BITS; ++i) packed[i] = _mm512_load_si512(codes + i * kLine);
+  Block<BITS>::unpack(packed, unpacked);
+  for (int v = 0; v < kBlockVectors; ++v) {
+    for (int t = 0; t < TOKENS; ++t) {
+      const uint8_t* quad = quads + v * kQuadBytes + t * token_bytes;
+      add_products(high[v % kSets][t], unpacked[v], quad);
+      add_products(low[v % kSets][t], unpacked[v], quad + kQuad);
+    }
   }
 }
 
-template <int BITS, int STEPS, int TOKENS>
-void multiply(const Weight& w, const Activations& a, const Rows& given, int64_t token,
-              __m512 (&total)[2][TOKENS]) {
-  const Rows rows = given;  // a copy the stores below cannot alias
-  const int64_t q_stride = a.n_steps * kStep;
-  const int16_t* q = a.q + token * q_stride;
+// y of one tile for TOKENS tokens from `token` on.
+template <int BITS, int TOKENS>
+void multiply_tokens(const Tiles& w, const Activations& a, int64_t tile, int64_t token,
+                     const float* bias, float* y) {
+  const uint8_t* begin = w.first + tile * w.tile_bytes;
+  const uint8_t* codes = begin + w.codes_offset;
+  Params params = {begin, _mm256_setzero_si256()};
+  if (w.is.scale_bytes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(begin));
+    params.windows = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), kByteExponent);
+    params.at += kTileOutputs;
+  }
+  const uint8_t* quads = a.quads + token * a.token_bytes;
   const float* span_scale = a.span_scale + token * a.n_spans;
   const float* group_sum = a.group_sum + token * w.n_groups;
-  // Spans that end this many words before the row does need no care in loading.
-  const int64_t careful = w.row_words - STEPS * BITS - 8;
-
-  for (int r = 0; r < 2; ++r) {
-    for (int t = 0; t < TOKENS; ++t) total[r][t] = _mm512_setzero_ps();
-  }
-  int64_t span = 0;
-  int64_t word = 0;
-  for (int64_t group = 0; group < w.n_groups; ++group) {
-    __m512 sum[2][TOKENS];
-    for (int t = 0; t < TOKENS; ++t) {
-      const __m512 inputs = _mm512_set1_ps(group_sum[t * w.n_groups + group]);
-      for (int r = 0; r < 2; ++r) {
-        sum[r][t] = _mm512_mul_ps(inputs, _mm512_set1_ps(rows.zeros[r][group * kTileRows]));
-      }
-    }
+  __m512 total[TOKENS];
+  for (int t = 0; t < TOKENS; ++t) total[t] = _mm512_setzero_ps();
+  int64_t span = 0, left = w.padded_inputs / kBlockInputs;
+  // The processor does not follow a stream by itself at this pace. What is fetched is as far ahead
+  // in its tile, so that nothing between two tiles is left out.
+  const int64_t step = w.tile_bytes / left;
+  const uint8_t* ahead = begin + kAhead;
+  for (int64_t group = 0; group < w.n_groups; ++group, params.at += w.group_bytes) {
+    const __m512 scales = load_scales(w, params);
+    const __m512 below = _mm512_mul_ps(scales, load_zeros(w, params));
     const int64_t all = span + a.spans_per_group;
     const int64_t stop = all < a.n_spans ? all : a.n_spans;
     for (; span < stop; ++span) {
-      __m512i products[2][TOKENS];
-      for (int r = 0; r < 2; ++r) {
-        for (int t = 0; t < TOKENS; ++t) products[r][t] = _mm512_setzero_si512();
-      }
-      if (word <= careful) {
-        // The next two rows: the hardware follows two interleaved rows badly, and stops at pages.
-        // Beyond the end of the weight a prefetch does nothing.
-        for (int ahead = 0; ahead < STEPS * BITS; ahead += 16) {
-          for (int r = 0; r < 2; ++r) {
-            const int32_t* next = rows.codes[r] + 2 * w.row_words + word + ahead;
-            _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
-          }
-        }
-#pragma GCC unroll 4
-        for (int step = 0; step < STEPS; ++step, word += BITS, q += kStep) {
-          add_step<BITS, TOKENS>(rows, word, kWordBits, q, q_stride, products);
-        }
-      } else {
-        for (int step = 0; step < STEPS && word < w.row_words; ++step, word += BITS, q += kStep) {
-          add_step<BITS, TOKENS>(rows, word, w.row_words - word, q, q_stride, products);
-        }
-      }
+      __m512i high[2][TOKENS], low[2][TOKENS];
       for (int t = 0; t < TOKENS; ++t) {
-        const __m512 scale = _mm512_set1_ps(span_scale[t * a.n_spans + span]);
-        for (int r = 0; r < 2; ++r) {
-          sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][t]), scale, sum[r][t]);
+        high[0][t] = high[1][t] = low[0][t] = low[1][t] = _mm512_setzero_si512();
+      }
+      const int64_t n_blocks = left < a.span_blocks ? left : a.span_blocks;
+      for (int64_t block = 0; block < n_blocks; ++block) {
+        multiply_block<BITS, TOKENS>(codes, quads, a.token_bytes, high, low);
+        for (int i = 0; i <= BITS; ++i) {
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + i * kLine), _MM_HINT_T0);
         }
+        codes += BITS * kLine, quads += kBlockVectors * kQuadBytes, ahead += step;
+      }
+      left -= n_blocks;
+      for (int t = 0; t < TOKENS; ++t) {
+        const __m512 both =
+            _mm512_mul_ps(scales, _mm512_set1_ps(span_scale[t * a.n_spans + span]));
+        const __m512i all_high = _mm512_slli_epi32(_mm512_add_epi32(high[0][t], high[1][t]), 8);
+        const __m512i sum = _mm512_add_epi32(all_high, _mm512_add_epi32(low[0][t], low[1][t]));
+        total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, total[t]);
       }
     }
-    for (int r = 0; r < 2; ++r) {
-      const __m512 scale = _mm512_set1_ps(rows.scales[r][group]);
-      for (int t = 0; t < TOKENS; ++t) {
-        total[r][t] = _mm512_fmadd_ps(sum[r][t], scale, total[r][t]);
-      }
-    }
-  }
-}
-
-// y for two rows (the same one twice: the second result overwrites the first) and TOKENS tokens.
-template <int BITS, int STEPS, int TOKENS>
-void store(const Weight& w, const Activations& a, const Rows& rows, const int64_t (&row)[2],
-           int64_t token, float* y) {
-  __m512 total[2][TOKENS];
-  multiply<BITS, STEPS, TOKENS>(w, a, rows, token, total);
-  for (int r = 0; r < 2; ++r) {
-    const float bias = w.bias ? w.bias[row[r]] : 0.0f;
     for (int t = 0; t < TOKENS; ++t) {
-      y[(token + t) * w.out_features + row[r]] = _mm512_reduce_add_ps(total[r][t]) + bias;
+      const __m512 inputs = _mm512_set1_ps(group_sum[t * w.n_groups + group]);
+      total[t] = _mm512_fnmadd_ps(below, inputs, total[t]);
     }
   }
-}
-
-template <int BITS, int STEPS>
-void tile(const Weight& w, const Activations& a, int64_t first_row, int64_t n_rows,
-          float* scratch, float* y) {
-  float* zeros = scratch;
-  float* scales = scratch + w.n_groups * kTileRows;
-  tile_zeros<BITS>(w, first_row, zeros);
-  for (int64_t place = 0; place < n_rows; place += 2) {
-    Rows rows;
-    int64_t row[2];
-    for (int r = 0; r < 2; ++r) {
-      const int64_t here = place + r < n_rows ? place + r : place;
-      row[r] = first_row + here;
-      float* row_scale = scales + r * (w.n_groups + 16);
-      row_scales(w, row[r], row_scale);
-      rows.codes[r] = w.codes + row[r] * w.row_words;
-      rows.zeros[r] = zeros + here;
-      rows.scales[r] = row_scale;
-    }
-    int64_t t = 0;
-    for (; t + 4 <= a.n_tokens; t += 4) store<BITS, STEPS, 4>(w, a, rows, row, t, y);
-    for (; t + 2 <= a.n_tokens; t += 2) store<BITS, STEPS, 2>(w, a, rows, row, t, y);
-    for (; t < a.n_tokens; ++t) store<BITS, STEPS, 1>(w, a, rows, row, t, y);
+  const int64_t row = tile * kTileOutputs, rest = w.is.out_features - row;
+  const __mmask16 present =
+      static_cast<__mmask16>(rest < kTileOutputs ? (1u << rest) - 1 : 0xffffu);
+  const __m512 shift = bias ? _mm512_maskz_loadu_ps(present, bias + row) : _mm512_setzero_ps();
+  for (int t = 0; t < TOKENS; ++t) {
+    float* out = y + (token + t) * w.is.out_features + row;
+    _mm512_mask_storeu_ps(out, present, _mm512_add_ps(total[t], shift));
   }
 }
 
 template <int BITS>
-void tile_of(const Weight& w, const Activations& a, int64_t row, int64_t n_rows, float* scratch,
-             float* y) {
-  switch (a.span_steps) {
-    case 1: return tile<BITS, 1>(w, a, row, n_rows, scratch, y);
-    case 2: return tile<BITS, 2>(w, a, row, n_rows, scratch, y);
-    default: return tile<BITS, 4>(w, a, row, n_rows, scratch, y);
+void multiply_width(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
+                    float* y) {
+  int64_t t = 0;
+  for (; t + 8 <= a.n_tokens; t += 8) multiply_tokens<BITS, 8>(w, a, tile, t, bias, y);
+  switch (a.n_tokens - t) {
+    case 7: return multiply_tokens<BITS, 7>(w, a, tile, t, bias, y);
+    case 6: return multiply_tokens<BITS, 6>(w, a, tile, t, bias, y);
+    case 5: return multiply_tokens<BITS, 5>(w, a, tile, t, bias, y);
+    case 4: return multiply_tokens<BITS, 4>(w, a, tile, t, bias, y);
+    case 3: return multiply_tokens<BITS, 3>(w, a, tile, t, bias, y);
+    case 2: return multiply_tokens<BITS, 2>(w, a, tile, t, bias, y);
+    case 1: return multiply_tokens<BITS, 1>(w, a, tile, t, bias, y);
+    default: return;
   }
 }
 
-void linear_tile(const Weight& w, const Activations& a, int64_t row, int64_t n_rows,
-                 float* scratch, float* y) {
-  switch (w.bits) {
-    case 2: return tile_of<2>(w, a, row, n_rows, scratch, y);
-    case 3: return tile_of<3>(w, a, row, n_rows, scratch, y);
-    case 4: return tile_of<4>(w, a, row, n_rows, scratch, y);
-    case 5: return tile_of<5>(w, a, row, n_rows, scratch, y);
-    case 6: return tile_of<6>(w, a, row, n_rows, scratch, y);
-    case 7: return tile_of<7>(w, a, row, n_rows, scratch, y);
-    default: return tile_of<8>(w, a, row, n_rows, scratch, y);
+void multiply_tile(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
+                   float* y) {
+  switch (w.is.bits) {
+    case 2: return multiply_width<2>(w, a, tile, bias, y);
+    case 3: return multiply_width<3>(w, a, tile, bias, y);
+    case 4: return multiply_width<4>(w, a, tile, bias, y);
+    case 5: return multiply_width<5>(w, a, tile, bias, y);
+    case 6: return multiply_width<6>(w, a, tile, bias, y);
+    case 7: return multiply_width<7>(w, a, tile, bias, y);
+    default: return multiply_width<8>(w, a, tile, bias, y);
   }
 }
 
@@ -286,6 +262,6 @@ void unpack_any(int bits, const int32_t* words, int64_t n, uint8_t* codes) {
 
 }  // namespace
 
-const Isa kAvx512Vnni = {"avx512_vnni", unpack_any, linear_tile, &kAvx512Rounding};
+const Isa kAvx512Vnni = {"avx512_vnni", unpack_any, true, multiply_tile, &kAvx512Rounding};
 
 }  // namespace lwquant

@@ -216,9 +216,9 @@ def test_the_bnb_recipe_mixes_nf4_with_int8_rows_and_the_result_runs(
             stored += sum(8 * tensors[n].nbytes for n in names if n.startswith(name + "."))
             weight.copy_(packed.get_submodule(name).dequantize())
         assert stored / n_weights == pytest.approx(result.bpw, abs=1e-9)
-        tokens = torch.randint(512, (2, 48))  # enough for the kernels to compute in plain float32
+        tokens = torch.randint(512, (2, 48))
         got, wanted = packed(tokens).logits, plain(tokens).logits
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
     found = json.loads((result.folder / "lwquant.json").read_text())
     assert found["quantizer"] == {"name": "bnb"}
     assert {entry["codebook"] for entry in found["linears"].values()} == {"nf4", ""}

@@ -90,7 +90,10 @@ class LwquantQuantizer(HfQuantizer):
         check_tensors(needed | packed, found)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Raises CheckpointError where the outliers of a linear lie outside it."""
+        """Lay the weights out for the kernels.
+
+        Raises CheckpointError where the outliers of a linear lie outside it.
+        """
         for name, module in model.named_modules():
             if not isinstance(module, QuantizedLinear):
                 continue
@@ -104,6 +107,7 @@ class LwquantQuantizer(HfQuantizer):
                 module.check_outliers()
             except ValueError as error:
                 raise CheckpointError(f"{name}: {error}") from error
+            module.prepare()
 
     def is_serializable(self) -> bool:
         return True

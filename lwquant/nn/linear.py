@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,13 +16,16 @@ from lwquant.ops.scale_bytes import encode_scales
 from lwquant.scheme import QuantScheme, row_words
 from lwquant.types import Outliers, QuantizedWeight
 
+# Held while a layer changes its layout: several threads may call it for the first time.
+_LAYOUT = threading.Lock()
+
 
 class QuantizedLinear(nn.Module):
     """y = x Wᵀ + bias with W = (codes − zeros) · scales + O, unpacked only while it is multiplied.
 
     With a codebook W = value of the code · scales, and there are no zeros.
 
-    Buffers, the same in memory and in a file (bit layout: lwquant/ops/layout.py):
+    Buffers, as they are in a file (bit layout: lwquant/ops/layout.py):
         qweight: (out_features, row_words(in_features, bits)) int32.
         scales: (out_features, n_groups) float16, whatever dtype the module is moved to; with
             scale_bits 8 (out_features, 1 + n_groups) uint8, see lwquant/ops/scale_bytes.py.
@@ -35,6 +39,9 @@ class QuantizedLinear(nn.Module):
         bias: (out_features,) in the dtype of the model, or None.
 
     There is no `weight`: use `dequantize()`. Gradients reach the input and the bias, not the codes.
+
+    On a CPU qweight, scales and zeros are laid out as the kernels read them, see prepare(), and are
+    None from then on. `state_dict()`, copying and moving bring them back.
     """
 
     qweight: Tensor
@@ -68,6 +75,8 @@ class QuantizedLinear(nn.Module):
         scales = torch.zeros(out_features, n_scales, dtype=scale_dtype(scheme), device=device)
         zero_dtype, zero_width = zero_layout(scheme, out_features)
         zeros = torch.zeros(n_groups, zero_width, dtype=zero_dtype, device=device)
+        # While it is set it stands for qweight, scales and zeros.
+        self._tiles: Tensor | None = None
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", None if scheme.symmetric else zeros)
@@ -100,6 +109,14 @@ class QuantizedLinear(nn.Module):
         codebook, group_size = self.scheme.codebook, self.scheme.group_size
         if codebook:
             return linear_codebook(x, self.qweight, self.scales, self.bias, codebook, group_size)
+        tiles = self._tiles
+        if tiles is None and not torch.compiler.is_compiling():
+            tiles = self.prepare()
+        if tiles is not None:
+            out: Tensor = torch.ops.lwquant.linear_tiled(
+                x, tiles, self.bias, self.out_features, *self._outliers
+            )
+            return out
         y: Tensor = torch.ops.lwquant.linear(
             x,
             self.qweight,
@@ -112,9 +129,43 @@ class QuantizedLinear(nn.Module):
         )
         return y
 
+    def prepare(self) -> Tensor | None:
+        """Lay the weight out for the CPU kernels, in place of qweight, scales and zeros.
+
+        Loading a model does it, and the first call of a layer that was made otherwise or moved,
+        but not while torch.compile traces it. Returns the tiles, see lwquant/ops/tiles.py; None
+        where no kernel takes the layer: on another device, with a codebook, and in groups that are
+        neither a multiple of 32 nor a whole row.
+        """
+        with _LAYOUT:
+            if self._tiles is not None or not self.qweight.is_cpu:
+                return self._tiles
+            if not ops.tiles_bytes(self.scheme, self.out_features, self.in_features):
+                return None
+            stored = self.qweight, self.scales, self.zeros
+            self._tiles = ops.make_tiles(self.scheme, self.in_features, *stored)
+            for name in ("qweight", "scales", "zeros"):
+                self._buffers[name] = None
+            return self._tiles
+
+    def restore(self) -> None:
+        """Undo prepare()."""
+        with _LAYOUT:
+            if self._tiles is None:
+                return
+            stored = ops.unmake_tiles(self._tiles, self.scheme, self.out_features, self.in_features)
+            for name, tensor in zip(("qweight", "scales", "zeros"), stored, strict=True):
+                self._buffers[name] = tensor
+            self._tiles = None
+
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features) float32."""
         codebook, group_size = self.scheme.codebook, self.scheme.group_size
+        if self._tiles is not None:
+            tiled: Tensor = torch.ops.lwquant.dequantize_tiled(
+                self._tiles, self.out_features, self.in_features, *self._outliers
+            )
+            return tiled
         if codebook:
             return dequantize_codebook(
                 self.qweight, self.scales, codebook, group_size, self.in_features
@@ -148,6 +199,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        self.restore()
         # `.to(dtype)`, `.half()`, `.bfloat16()` would convert scales and outliers and lose bits; as
         # integers they are moved like any buffer but never converted.
         floats = [
@@ -168,8 +220,17 @@ class QuantizedLinear(nn.Module):
             assert buffer is not None
             self._buffers[name] = buffer.view(dtype)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.restore()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.restore()
+        return self.__dict__
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As every module, but refuses floats of another dtype rather than rounding them."""
+        self.restore()
         expected = {"scales": scale_dtype(self.scheme), "outlier_values": torch.float16}
         for name, dtype in expected.items():
             given = state_dict.get(prefix + name)

@@ -23,8 +23,6 @@ except ImportError:
 else:
     _kernels = _found
 
-# Beyond this many tokens a dense float32 matrix product over an unpacked panel is the faster way.
-MAX_KERNEL_TOKENS = 32
 PANEL_BYTES = 2**24  # of float32 weights that exist at one time
 
 
@@ -106,7 +104,113 @@ def dequantize_native(
     return out
 
 
+def tiles_size(
+    out_features: int, in_features: int, byte_scales: bool, zeros: bool, bits: int, group_size: int
+) -> int:
+    """Bytes of the tiles of such a layer, 0 where its groups do not fit them."""
+    size: int = _kernels.tiles_size(  # type: ignore[union-attr]
+        out_features, in_features, byte_scales, zeros, bits, group_size
+    )
+    return size
+
+
+def make_tiles_native(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    tiles: Tensor,
+) -> None:
+    """Fill `tiles`, contiguous bytes."""
+    qweight, scales = qweight.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    _kernels.make_tiles(  # type: ignore[union-attr]
+        qweight.data_ptr(),
+        qweight.shape[0],
+        qweight.shape[1],
+        in_features,
+        scales.data_ptr(),
+        *_scale_layout(scales),
+        *_zero_layout(zeros),
+        bits,
+        group_size,
+        torch.get_num_threads(),
+        tiles.data_ptr(),
+        tiles.numel(),
+    )
+
+
+def unmake_tiles_native(
+    tiles: Tensor,
+    out_features: int,
+    in_features: int,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+) -> None:
+    """Fill qweight, scales and zeros, these in bytes; all contiguous."""
+    _kernels.unmake_tiles(  # type: ignore[union-attr]
+        tiles.data_ptr(),
+        tiles.numel(),
+        out_features,
+        in_features,
+        torch.get_num_threads(),
+        qweight.data_ptr(),
+        scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
+    )
+
+
 def linear_native(
+    tokens: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    outliers: OutlierTensors,
+) -> Tensor | None:
+    """(n, in_features) → (n, out_features), both float32 as bias is; None for NaN and infinity.
+
+    As linear_reference, and apart from float32 summation no further from it than
+    Σ over groups of |scale| · max|x| · 0.51 / 32639 · Σ|code − zero|: the kernels hold x as 16-bit
+    integers. tests/unit/test_ops_linear.py derives the bound and holds every kernel to it.
+    """
+    outliers = _contiguous(outliers)
+    y = torch.empty(tokens.shape[0], out_features)
+    done: bool = _kernels.linear(  # type: ignore[union-attr]
+        tokens.data_ptr(),
+        tokens.shape[0],
+        tokens.shape[1],
+        tiles.data_ptr(),
+        tiles.numel(),
+        out_features,
+        0 if bias is None else bias.data_ptr(),
+        *_outlier_layout(outliers),
+        torch.get_num_threads(),
+        y.data_ptr(),
+    )
+    return y if done else None
+
+
+def dequantize_tiles_native(
+    tiles: Tensor, out_features: int, in_features: int, outliers: OutlierTensors
+) -> Tensor:
+    outliers = _contiguous(outliers)
+    out = torch.empty(out_features, in_features)
+    _kernels.dequantize_tiles(  # type: ignore[union-attr]
+        tiles.data_ptr(),
+        tiles.numel(),
+        out_features,
+        in_features,
+        *_outlier_layout(outliers),
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def linear_panels(
     x: Tensor,
     qweight: Tensor,
     scales: Tensor,
@@ -116,57 +220,14 @@ def linear_native(
     group_size: int,
     outliers: OutlierTensors,
 ) -> Tensor:
-    """As linear_reference, and apart from float32 summation no further from it than
-
-    Σ over groups of |scale| · max|x| · 0.51 / 32767 · Σ|code − zero|: the kernels hold x as 16-bit
-    integers. tests/unit/test_ops_linear.py derives the bound and holds every kernel to it.
-    """
-    in_features = x.shape[-1]
-    out_features = qweight.shape[0]
-    # Copies only where the caller's tensor is not already flat, float32 and contiguous.
-    tokens = x.reshape(-1, in_features).to(torch.float32).contiguous()
+    """As linear_reference, a panel of unpacked rows at a time."""
+    in_features, out_features = x.shape[-1], qweight.shape[0]
+    tokens = x.reshape(-1, in_features).to(torch.float32)
     qweight, scales = qweight.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    bias = None if bias is None else bias.to(torch.float32)
     outliers = _contiguous(outliers)
-    n_tokens = tokens.shape[0]
-    y = torch.empty(n_tokens, out_features)
-    if n_tokens > MAX_KERNEL_TOKENS:
-        _linear_panels(tokens, qweight, scales, zeros, bias, bits, group_size, outliers, y)
-    else:
-        _kernels.linear(  # type: ignore[union-attr]
-            tokens.data_ptr(),
-            n_tokens,
-            qweight.data_ptr(),
-            out_features,
-            qweight.shape[1],
-            in_features,
-            scales.data_ptr(),
-            *_scale_layout(scales),
-            *_zero_layout(zeros),
-            0 if bias is None else bias.data_ptr(),
-            bits,
-            group_size,
-            *_outlier_layout(outliers),
-            torch.get_num_threads(),
-            y.data_ptr(),
-        )
-    return y.view(*x.shape[:-1], out_features).to(x.dtype)
-
-
-def _linear_panels(
-    tokens: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    outliers: OutlierTensors,
-    y: Tensor,
-) -> None:
-    """y (n_tokens, out_features), a panel of rows at a time."""
-    out_features, in_features = y.shape[1], tokens.shape[1]
+    y = torch.empty(tokens.shape[0], out_features)
     n_rows = min(out_features, max(1, PANEL_BYTES // (4 * in_features)))
     panel = torch.empty(n_rows, in_features)
     for start in range(0, out_features, n_rows):
@@ -175,6 +236,7 @@ def _linear_panels(
         _dequantize_rows(qweight, scales, zeros, bits, group_size, outliers, start, weight)
         part = None if bias is None else bias[start:stop]
         y[:, start:stop] = F.linear(tokens, weight, part)
+    return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
 def _dequantize_rows(

@@ -92,7 +92,10 @@ def _check_layer(
         _check_tensor("zeros", zeros, torch.int32, (n_groups, row_words(out_features, bits)))
 
 
-def _check_outliers(outliers: OutlierTensors, qweight: Tensor, in_features: int) -> None:
+def check_outliers(
+    outliers: OutlierTensors, out_features: int, in_features: int, device: torch.device
+) -> None:
+    """LwquantError where the tensors of outliers do not fit the layer."""
     values, columns, rows = outliers
     if values is None and columns is None and rows is None:
         return
@@ -100,10 +103,22 @@ def _check_outliers(outliers: OutlierTensors, qweight: Tensor, in_features: int)
         raise LwquantError("outliers have values, columns and rows: all three or none")
     _check_tensor("outlier_values", values, torch.float16, (values.numel(),))
     _check_tensor("outlier_columns", columns, column_dtype(in_features), (values.numel(),))
-    _check_tensor("outlier_rows", rows, torch.int32, (qweight.shape[0] + 1,))
+    _check_tensor("outlier_rows", rows, torch.int32, (out_features + 1,))
     for tensor in (values, columns, rows):
-        if tensor.device != qweight.device:
-            raise LwquantError(f"outliers are on {tensor.device}, the layer on {qweight.device}")
+        if tensor.device != device:
+            raise LwquantError(f"outliers are on {tensor.device}, the layer on {device}")
+
+
+def check_input(x: Tensor, bias: Tensor | None, out_features: int) -> None:
+    """LwquantError where x or bias cannot be what a linear is called with."""
+    if x.dim() < 1 or x.dtype not in _FLOATS:
+        raise LwquantError(
+            f"x must be (..., in_features) of {_FLOATS}, got {tuple(x.shape)} {x.dtype}"
+        )
+    if bias is not None and (bias.dtype not in _FLOATS or bias.shape != (out_features,)):
+        raise LwquantError(
+            f"bias must be ({out_features},) of {_FLOATS}, got {tuple(bias.shape)} {bias.dtype}"
+        )
 
 
 def _check_linear(
@@ -115,15 +130,8 @@ def _check_linear(
     bits: int,
     group_size: int,
 ) -> None:
-    if x.dim() < 1 or x.dtype not in _FLOATS:
-        raise LwquantError(
-            f"x must be (..., in_features) of {_FLOATS}, got {tuple(x.shape)} {x.dtype}"
-        )
+    check_input(x, bias, qweight.shape[0])
     _check_layer(qweight, scales, zeros, bits, group_size, x.shape[-1])
-    if bias is not None and (bias.dtype not in _FLOATS or bias.shape != (qweight.shape[0],)):
-        raise LwquantError(
-            f"bias must be ({qweight.shape[0]},) of {_FLOATS}, got {tuple(bias.shape)} {bias.dtype}"
-        )
     for tensor in (qweight, scales, zeros, bias):
         if tensor is not None and tensor.device != x.device:
             raise LwquantError(f"x is on {x.device}, the layer on {tensor.device}")
@@ -158,7 +166,7 @@ def _dequantize(
 ) -> Tensor:
     outliers = (outlier_values, outlier_columns, outlier_rows)
     _check_layer(qweight, scales, zeros, bits, group_size, in_features)
-    _check_outliers(outliers, qweight, in_features)
+    check_outliers(outliers, qweight.shape[0], in_features, qweight.device)
     if native.compiled() and qweight.is_cpu:
         return native.dequantize_native(
             qweight, scales, zeros, bits, group_size, in_features, outliers
@@ -180,10 +188,10 @@ def _linear(
 ) -> Tensor:
     outliers = (outlier_values, outlier_columns, outlier_rows)
     _check_linear(x, qweight, scales, zeros, bias, bits, group_size)
-    _check_outliers(outliers, qweight, x.shape[-1])
+    check_outliers(outliers, qweight.shape[0], x.shape[-1], qweight.device)
     if x.is_cpu:
         if native.compiled():
-            return native.linear_native(x, qweight, scales, zeros, bias, bits, group_size, outliers)
+            return native.linear_panels(x, qweight, scales, zeros, bias, bits, group_size, outliers)
         native.warn_uncompiled()
     return linear_reference(x, qweight, scales, zeros, bias, bits, group_size, *outliers)
 
@@ -211,7 +219,7 @@ def _dequantize_fake(
 ) -> Tensor:
     outliers = (outlier_values, outlier_columns, outlier_rows)
     _check_layer(qweight, scales, zeros, bits, group_size, in_features)
-    _check_outliers(outliers, qweight, in_features)
+    check_outliers(outliers, qweight.shape[0], in_features, qweight.device)
     return qweight.new_empty(qweight.shape[0], in_features, dtype=torch.float32)
 
 
@@ -229,7 +237,7 @@ def _linear_fake(
 ) -> Tensor:
     outliers = (outlier_values, outlier_columns, outlier_rows)
     _check_linear(x, qweight, scales, zeros, bias, bits, group_size)
-    _check_outliers(outliers, qweight, x.shape[-1])
+    check_outliers(outliers, qweight.shape[0], x.shape[-1], qweight.device)
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 

@@ -1,7 +1,7 @@
 """The packed matmul: plain torch and every compiled path against a float64 oracle.
 
 The bound. One output is Σ_groups scale · Σ (code − zero) · x.
-- The integer kernels hold x as 16-bit integers, in steps of max|x| / 32767 of its group (or of a
+- The integer kernels hold x as 16-bit integers, in steps of max|x| / 32639 of its group (or of a
   part of it): half a step each, and 1 % of a step for the float32 arithmetic that finds it.
 - Everything else is float32: relative 2⁻²⁴ per addition on sums of (code + zero) · |x| · scale,
   because the kernels subtract the zeros' part; at most in_features / 8 + 2 n_groups + 16 additions
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from lwquant import ops
 from lwquant.errors import LwquantError
-from lwquant.ops.native import MAX_KERNEL_TOKENS
 from lwquant.ops.outliers import encode_columns
 from lwquant.ops.reference import dequantize_reference, linear_reference
 from lwquant.ops.scale_bytes import decode_scales
-from lwquant.scheme import WIDTHS
+from lwquant.scheme import WIDTHS, QuantScheme
 from lwquant.types import Outliers
 
-STEP = 1 / 32767
+STEP = 1 / 32639
+MANY_TOKENS = 32
 TINIEST = 2.0**-100  # groups of smaller activations are resolved as if this were their largest
 
 
@@ -73,8 +73,30 @@ class Layer:
             zeros = ops.pack(zeros, self.bits)
         return ops.pack(self.codes, self.bits), self.scales, zeros
 
-    def linear(self, x: Tensor) -> Tensor:
-        return ops.linear(x, *self.stored, self.bias, self.bits, self.group_size)
+    @property
+    def scheme(self) -> QuantScheme:
+        return QuantScheme(
+            self.bits, self.group_size, symmetric=self.symmetric, fine_zeros=self.fine
+        )
+
+    @property
+    def tiles(self) -> Tensor | None:
+        """As the kernels read it; None where they do not."""
+        out_features, in_features = self.codes.shape
+        if not ops.tiles_bytes(self.scheme, out_features, in_features):
+            assert not ops.compiled() or self.group_size % 32
+            return None
+        return ops.make_tiles(self.scheme, in_features, *self.stored)
+
+    def linear(self, x: Tensor, *outliers: Tensor) -> Tensor:
+        """By the fastest way there is."""
+        tiles = self.tiles
+        if tiles is None:
+            return self.plain_linear(x, *outliers)
+        return ops.linear_tiled(x, tiles, self.bias, len(self.codes), *outliers)
+
+    def plain_linear(self, x: Tensor, *outliers: Tensor) -> Tensor:
+        return ops.linear(x, *self.stored, self.bias, self.bits, self.group_size, *outliers)
 
     def oracle(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Results and how far from them a kernel may be, both (tokens, out) float64."""
@@ -130,8 +152,9 @@ def assert_within_bound(layer: Layer, x: Tensor, token_counts: tuple[int, ...] =
     exact, error = layer.oracle(x)
     rounding = torch.finfo(x.dtype)
     error = error + exact.abs() * rounding.eps / 2 + rounding.smallest_normal * rounding.eps
-    for n in (*token_counts, x.shape[0]):
-        got = layer.linear(x[:n])
+    runs = [(layer.linear, n) for n in (*token_counts, x.shape[0])]
+    for run, n in [*runs, (layer.plain_linear, x.shape[0])]:
+        got = run(x[:n])
         assert got.dtype == x.dtype
         worst = ((got.double() - exact[:n]).abs() / error[:n]).max().item()
         assert worst <= 1, f"{worst:.3g} times the bound with {n} tokens"
@@ -153,8 +176,8 @@ def test_the_matmul_is_within_its_bound(isa, bits, group_size, zeros):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_result_has_the_dtype_of_the_input(isa, bits, dtype):
     layer = random_layer(33, 320, bits, 64, bias=True)
-    x = random_inputs(MAX_KERNEL_TOKENS + 1, 320).to(dtype)
-    assert_within_bound(layer, x, token_counts=(1, 4, MAX_KERNEL_TOKENS))
+    x = random_inputs(MANY_TOKENS + 1, 320).to(dtype)
+    assert_within_bound(layer, x, token_counts=(1, 4, MANY_TOKENS))
 
 
 @pytest.mark.parametrize("factor", [1e30, 1e4, 1e-20, 1e-30, 1e-38, 1e-43, 0.0])
@@ -189,7 +212,8 @@ def test_infinite_and_nan_inputs_give_what_plain_torch_gives(isa):
     x[0, 7], x[1, 70] = float("inf"), float("nan")
     expected = linear_reference(x, *layer.stored, None, 4, 64)
     assert not expected[:2].isfinite().any() and expected[2].isfinite().all()
-    torch.testing.assert_close(layer.linear(x), expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+    for got in (layer.linear(x), layer.plain_linear(x)):
+        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -199,6 +223,8 @@ def test_dequantizing_equals_plain_torch_bit_for_bit(isa, bits, fine):
         layer = random_layer(out_features, in_features, bits, group_size, fine=fine)
         got = ops.dequantize(*layer.stored, bits, group_size, in_features)
         assert torch.equal(got, dequantize_reference(*layer.stored, bits, group_size, in_features))
+        if (tiles := layer.tiles) is not None:
+            assert torch.equal(ops.dequantize_tiled(tiles, out_features, in_features), got)
         steps = layer.codes.float() - layer.zero_points[:, layer.group]
         assert torch.equal(got, steps * layer.scales.float()[:, layer.group])
 
@@ -216,12 +242,17 @@ def test_scales_in_bytes_compute_as_the_same_scales_in_float16(isa, bits, group_
         as_bytes, as_halves = (
             (qweight, scales, zeros) for scales in (written, decode_scales(written))
         )
-        for run in (
-            lambda layer: ops.linear(x, *layer, None, bits, group_size),  # noqa: B023
-            lambda layer: ops.dequantize(*layer, bits, group_size, in_features),  # noqa: B023
-        ):
-            got = run(as_bytes)
-            assert got.isfinite().all() and torch.equal(got, run(as_halves))
+        results = []
+        for scale_bits, stored in ((8, as_bytes), (16, as_halves)):
+            plain = ops.linear(x, *stored, None, bits, group_size)
+            results.append([plain, ops.dequantize(*stored, bits, group_size, in_features)])
+            scheme = QuantScheme(bits, group_size, scale_bits=scale_bits)
+            if ops.tiles_bytes(scheme, out_features, in_features):
+                tiles = ops.make_tiles(scheme, in_features, *stored)
+                results[-1].append(ops.linear_tiled(x, tiles, None, out_features))
+                results[-1].append(ops.dequantize_tiled(tiles, out_features, in_features))
+        for one, other in zip(*results, strict=True):
+            assert one.isfinite().all() and torch.equal(one, other)
         got = linear_reference(x, *as_bytes, None, bits, group_size)
         assert torch.equal(got, linear_reference(x, *as_halves, None, bits, group_size))
 
@@ -264,13 +295,16 @@ def test_outliers_are_added_to_the_weight(isa, shape, group_size, bits):
     assert torch.equal(weight, dequantize_reference(*args, *sparse))
     dense = outliers.added_to(torch.zeros(shape))
     assert torch.equal(weight, ops.dequantize(*args) + dense)
-    x = random_inputs(MAX_KERNEL_TOKENS + 2, in_features)
+    if (tiles := layer.tiles) is not None:
+        assert torch.equal(ops.dequantize_tiled(tiles, *shape, *sparse), weight)
+    x = random_inputs(MANY_TOKENS + 2, in_features)
     exact, error = layer.oracle(x)
     exact = exact + x.double() @ dense.double().T
     error += (in_features / 8 + 64) * 2**-24 * (x.double().abs() @ dense.double().abs().T)
     for n in (1, 3, len(x)):
-        got = ops.linear(x[:n], *layer.stored, layer.bias, bits, group_size, *sparse)
-        assert ((got.double() - exact[:n]).abs() <= error[:n]).all()
+        for run in (layer.linear, layer.plain_linear):
+            got = run(x[:n], *sparse)
+            assert ((got.double() - exact[:n]).abs() <= error[:n]).all()
 
 
 def test_outliers_that_do_not_fit_are_refused(isa):
@@ -279,8 +313,22 @@ def test_outliers_that_do_not_fit_are_refused(isa):
     x = random_inputs(2, 96)
 
     def run(*sparse):
-        ops.dequantize(*layer.stored, 4, 32, 96, *sparse)
-        ops.linear(x, *layer.stored, None, 4, 32, *sparse)
+        ways = [
+            lambda: ops.dequantize(*layer.stored, 4, 32, 96, *sparse),
+            lambda: layer.plain_linear(x, *sparse),
+        ]
+        if (tiles := layer.tiles) is not None:
+            ways.append(lambda: layer.linear(x, *sparse))
+            ways.append(lambda: ops.dequantize_tiled(tiles, 4, 96, *sparse))
+        failures = []
+        for way in ways:
+            try:
+                way()
+            except (LwquantError, ValueError) as error:
+                failures.append(error)
+        assert len(failures) in (0, len(ways))
+        if failures:
+            raise failures[-1]
 
     run(values, columns, rows)
     for sparse, message in (
@@ -328,11 +376,51 @@ def test_inputs_with_strides_are_read_as_they_are(isa):
         assert torch.equal(layer.linear(view), layer.linear(view.contiguous()))
 
 
-def test_more_tokens_than_the_kernel_takes_go_through_panels_of_any_size(isa, monkeypatch):
+def test_without_tiles_it_goes_through_panels_of_any_size(isa, monkeypatch):
     monkeypatch.setattr("lwquant.ops.native.PANEL_BYTES", 4 * 200 * 7)  # 7 rows, the last has 5
     for group_size in (64, 48):
         layer = random_layer(40, 200, 3, group_size, bias=True)
-        assert_within_bound(layer, random_inputs(MAX_KERNEL_TOKENS + 5, 200))
+        assert_within_bound(layer, random_inputs(MANY_TOKENS + 5, 200))
+
+
+@pytest.mark.skipif(not ops.compiled(), reason="tiles are for the compiled kernels")
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("zeros", [{}, {"fine": True}, {"symmetric": True}], ids=str)
+def test_tiles_hold_the_stored_layout_and_give_it_back(isa, bits, zeros):
+    for out_features, in_features in SHAPES:
+        for group_size in (32, 96, 10_000):
+            layer = random_layer(out_features, in_features, bits, group_size, **zeros)
+            back = ops.unmake_tiles(layer.tiles, layer.scheme, out_features, in_features)
+            for got, wanted in zip(back, layer.stored, strict=True):
+                assert got is wanted is None or torch.equal(got, wanted)
+
+
+def test_tokens_in_several_blocks_are_those_of_one(isa):
+    layer = random_layer(20, 8192, 2, 128)  # 32 tokens fill the half of a megabyte of a block
+    x = random_inputs(40, 8192)
+    assert torch.equal(layer.linear(x)[37:], layer.linear(x[37:]))
+
+
+@pytest.mark.skipif(not ops.compiled(), reason="tiles are for the compiled kernels")
+def test_tiles_that_do_not_fit_are_refused():
+    layer = random_layer(8, 96, 4, 32)
+    x, tiles, size = torch.zeros(2, 96), layer.tiles, len(layer.tiles)
+    assert ops.linear_tiled(x, tiles, None, 8).shape == (2, 8)
+    with pytest.raises(ValueError, match="outputs has 8, expected 9"):
+        ops.linear_tiled(x, tiles, None, 9)
+    with pytest.raises(ValueError, match="inputs has 96, expected 95"):
+        ops.dequantize_tiled(tiles, 8, 95)
+    for wrong in (tiles[:-1], tiles[:40], tiles.roll(1), torch.zeros(size, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="these are no tiles"):
+            ops.linear_tiled(x, wrong, None, 8)
+    with pytest.raises(LwquantError, match=r"expected \(bytes,\) uint8"):
+        ops.linear_tiled(x, tiles.int(), None, 8)
+    with pytest.raises(LwquantError, match=r"bias must be \(8,\)"):
+        ops.linear_tiled(x, tiles, torch.zeros(7), 8)
+    odd = random_layer(8, 96, 4, 48)
+    assert odd.tiles is None
+    with pytest.raises(LwquantError, match="no kernel for scheme 4b-g48"):
+        ops.make_tiles(odd.scheme, 96, *odd.stored)
 
 
 GOOD = {

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lwquant import ops
-from lwquant.ops import native
+from lwquant.ops import huge_pages, native
 from lwquant.ops.reference import linear_reference
+from lwquant.scheme import QuantScheme
 
 Layer = tuple[Tensor, Tensor, Tensor | None]
 
@@ -37,6 +38,12 @@ def random_layer(out_features: int, in_features: int, bits: int, group_size: int
     return ops.pack(codes, bits), scales, ops.pack(zeros, bits)
 
 
+def tiled(layer: Layer, bits: int, group_size: int, in_features: int) -> Tensor:
+    if not ops.compiled():
+        pytest.skip("tiles are for the compiled kernels")
+    return ops.make_tiles(QuantScheme(bits, group_size), in_features, *layer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operators_keep_their_promises_to_torch(dtype):
     qweight, scales, zeros = random_layer(8, 40, 3, 32)
@@ -49,10 +56,24 @@ def test_the_operators_keep_their_promises_to_torch(dtype):
     torch.library.opcheck(torch.ops.lwquant.linear, (x, qweight, scales, None, bias, 3, 32))
 
 
-def test_compiling_leaves_the_result_as_it_is():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operators_on_tiles_keep_theirs(dtype):
+    tiles = tiled(random_layer(8, 40, 3, 32), 3, 32, 40)
+    x, bias = torch.randn(2, 3, 40, dtype=dtype), torch.randn(8)
+    torch.library.opcheck(torch.ops.lwquant.dequantize_tiled, (tiles, 8, 40))
+    torch.library.opcheck(torch.ops.lwquant.linear_tiled, (x, tiles, bias, 8))
+    x.requires_grad_(), bias.requires_grad_()
+    torch.library.opcheck(torch.ops.lwquant.linear_tiled, (x, tiles, bias, 8))
+
+
+@pytest.mark.parametrize("on_tiles", [False, True])
+def test_compiling_leaves_the_result_as_it_is(on_tiles):
     layer = random_layer(16, 64, 4, 32)
+    tiles = tiled(layer, 4, 32, 64) if on_tiles else None
 
     def two_calls(x: Tensor) -> Tensor:
+        if tiles is not None:
+            return ops.linear_tiled(x.relu(), tiles, None, 16) * 2 + 1
         return ops.linear(x.relu(), *layer, None, 4, 32) * 2 + 1
 
     compiled = torch.compile(two_calls, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -69,24 +90,25 @@ def test_gradients_are_those_of_the_dequantized_weight():
     expected = torch.autograd.grad(linear_reference(x, *layer, bias, 3, 32), (x, bias), direction)
     got = torch.autograd.grad(ops.linear(x, *layer, bias, 3, 32), (x, bias), direction)
     torch.testing.assert_close(got, expected)
+    tiles = tiled(layer, 3, 32, 40)
+    got = torch.autograd.grad(ops.linear_tiled(x, tiles, bias, 6), (x, bias), direction)
+    torch.testing.assert_close(got, expected)
 
 
 def test_python_threads_and_kernel_threads_do_not_disturb_each_other(two_threads):
     # Large enough that most of each call is spent in the kernel, at the same time as others.
-    layers = [random_layer(4096, 1024, bits, 64) for bits in (2, 4, 8)]
+    layers = [tiled(random_layer(4096, 1024, bits, 64), bits, 64, 1024) for bits in (2, 4, 8)]
     inputs = [torch.randn(2, 1024) for _ in layers]
-    sizes = (2, 4, 8)
     torch.set_num_threads(1)
     expected = [
-        ops.linear(x, *layer, None, bits, 64)
-        for x, layer, bits in zip(inputs, layers, sizes, strict=True)
+        ops.linear_tiled(x, tiles, None, 4096) for x, tiles in zip(inputs, layers, strict=True)
     ]
     torch.set_num_threads(2)
     wrong: list[int] = []
 
     def repeat(which: int) -> None:
         for _ in range(50):
-            got = ops.linear(inputs[which], *layers[which], None, sizes[which], 64)
+            got = ops.linear_tiled(inputs[which], layers[which], None, 4096)
             if not torch.equal(got, expected[which]):
                 wrong.append(which)
 
@@ -100,30 +122,36 @@ def test_python_threads_and_kernel_threads_do_not_disturb_each_other(two_threads
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_computes_although_the_helpers_stayed_with_the_parent(two_threads):
-    layer = random_layer(1024, 512, 4, 64)
+    tiles = tiled(random_layer(1024, 512, 4, 64), 4, 64, 512)
     x = torch.randn(1, 512)
-    expected = ops.linear(x, *layer, None, 4, 64)
+    expected = ops.linear_tiled(x, tiles, None, 1024)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forking with threads
         child = os.fork()
     if child == 0:
         signal.alarm(60)  # rather than wait for helpers for ever
-        same = torch.equal(ops.linear(x, *layer, None, 4, 64), expected)
+        same = torch.equal(ops.linear_tiled(x, tiles, None, 1024), expected)
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+reads_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+
+
+@reads_proc
 def test_thousands_of_calls_leave_no_memory_behind():
     layer = random_layer(2048, 64, 4, 32)
+    tiles = tiled(layer, 4, 32, 64)
     x = torch.randn(8, 64, dtype=torch.bfloat16)
-
-    def resident_bytes() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def call(times: int) -> None:
         for _ in range(times):
+            ops.linear_tiled(x, tiles, None, 2048)
             ops.linear(x, *layer, None, 4, 32)
             ops.unpack(layer[0], 4, 64)
 
@@ -133,11 +161,31 @@ def test_thousands_of_calls_leave_no_memory_behind():
     assert resident_bytes() - before < 2**23
 
 
+@reads_proc
+def test_chunks_of_huge_pages_are_given_back_with_the_last_tensor_in_them():
+    kept = huge_pages.empty_bytes(100).fill_(7)
+    before = resident_bytes()
+    for _ in range(400):  # 400 MB in all
+        huge_pages.empty_bytes(2**20).fill_(1)
+    assert resident_bytes() - before < 2 * huge_pages.CHUNK
+    assert kept.eq(7).all()
+
+
+@pytest.mark.parametrize("n", [1, 64, 1000, huge_pages.CHUNK // 2, huge_pages.CHUNK + 1])
+def test_memory_in_huge_pages_is_aligned_and_nobody_elses(n):
+    tensors = [huge_pages.empty_bytes(n) for _ in range(3)]
+    for value, tensor in enumerate(tensors):
+        assert tensor.shape == (n,) and tensor.data_ptr() % huge_pages.ALIGNMENT == 0
+        tensor.fill_(value)
+    assert all(tensor.eq(value).all() for value, tensor in enumerate(tensors))
+
+
 def test_no_kernel_reads_beyond_the_end_of_a_tensor():
     # Each tensor ends where an unreadable page starts; a read beyond it kills the child.
     script = """
         import ctypes, mmap, torch
         from lwquant import ops
+        from lwquant.scheme import QuantScheme
         libc = ctypes.CDLL(None, use_errno=True)
         page, kept = mmap.PAGESIZE, []
 
@@ -175,6 +223,14 @@ def test_no_kernel_reads_beyond_the_end_of_a_tensor():
                         added = ops.linear(x, packed, scales, zeros, None, bits, group,
                                            *map(guarded, sparse))
                         assert torch.equal(added, y + 1)
+                        scheme = QuantScheme(bits, group)
+                        if ops.tiles_bytes(scheme, 3, inputs):
+                            # Tiles end on a line of 64 bytes, as a page does.
+                            tiles = ops.make_tiles(scheme, inputs, packed, scales, zeros)
+                            tiles = guarded(tiles)
+                            for n in (1, 2):
+                                got = ops.linear_tiled(x[:n], tiles, None, 3, *map(guarded, sparse))
+                                assert (got - 1).abs().max() < 1e-3
                         assert torch.equal(ops.unpack(packed, bits, inputs), codes)
         print("survived", flush=True)
         import os; os._exit(0)  # the maps are still exported: do not tear them down
@@ -192,6 +248,7 @@ def test_uncompiled_kernels_are_reported_once_and_change_nothing_but_speed(monke
     monkeypatch.setattr(native, "_kernels", None)
     native.warn_uncompiled.cache_clear()
     assert not ops.compiled() and ops.isa() == "python"
+    assert ops.tiles_bytes(QuantScheme(4, 32), 8, 64) == 0  # a module keeps to plain torch
     with pytest.warns(ops.UncompiledWarning, match="not compiled"):
         slow = ops.linear(x, *layer, None, 4, 32)
     ops.linear(x, *layer, None, 4, 32)  # a second warning would be an error

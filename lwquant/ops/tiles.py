@@ -1,0 +1,166 @@
+"""Layers as the kernels read them: tiles of 16 rows, see csrc/tiles.h. They are never saved.
+
+`lwquant::linear_tiled` and `lwquant::dequantize_tiled` are the operators on them; they have the CPU
+kernels only. Which layer a buffer of tiles holds is written in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lwquant.errors import LwquantError
+from lwquant.ops import native
+from lwquant.ops.huge_pages import empty_bytes
+from lwquant.ops.schema import LIBRARY, check_input, check_outliers, pack
+from lwquant.scheme import QuantScheme, row_words
+
+_OUTLIERS = "Tensor? outlier_values=None, Tensor? outlier_columns=None, Tensor? outlier_rows=None"
+LIBRARY.define(
+    f"linear_tiled(Tensor x, Tensor tiles, Tensor? bias, int out_features, {_OUTLIERS}) -> Tensor"
+)
+LIBRARY.define(
+    f"dequantize_tiled(Tensor tiles, int out_features, int in_features, {_OUTLIERS}) -> Tensor"
+)
+
+
+def tiles_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> int:
+    """What the tiles of such a layer take; 0 where there is no kernel for it.
+
+    There is none without compiled kernels, for codebooks, and for groups that are neither a
+    multiple of 32 inputs nor a whole row.
+    """
+    if not native.compiled() or scheme.codebook:
+        return 0
+    return native.tiles_size(
+        out_features,
+        in_features,
+        scheme.scale_bits == 8,
+        not scheme.symmetric,
+        scheme.bits,
+        scheme.group_size,
+    )
+
+
+def make_tiles(
+    scheme: QuantScheme, in_features: int, qweight: Tensor, scales: Tensor, zeros: Tensor | None
+) -> Tensor:
+    """Tiles of a layer in the stored layout, (bytes,) uint8. Raises LwquantError without kernel."""
+    out_features = qweight.shape[0]
+    n_bytes = tiles_bytes(scheme, out_features, in_features)
+    if not n_bytes:
+        raise LwquantError(f"there is no kernel for scheme {scheme.label}")
+    tiles = empty_bytes(n_bytes)
+    native.make_tiles_native(
+        qweight, scales, zeros, scheme.bits, scheme.group_size, in_features, tiles
+    )
+    return tiles
+
+
+def unmake_tiles(
+    tiles: Tensor, scheme: QuantScheme, out_features: int, in_features: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """qweight, scales and zeros in the stored layout again."""
+    n_groups, n_scales = scheme.n_groups(in_features), scheme.row_scales(in_features)
+    scale_dtype = torch.uint8 if scheme.scale_bits == 8 else torch.float16
+    qweight = torch.empty(out_features, row_words(in_features, scheme.bits), dtype=torch.int32)
+    scales = torch.empty(out_features, n_scales, dtype=scale_dtype)
+    zeros = None if scheme.symmetric else torch.empty(n_groups, out_features, dtype=torch.uint8)
+    native.unmake_tiles_native(tiles, out_features, in_features, qweight, scales, zeros)
+    if zeros is not None and not scheme.fine_zeros:
+        zeros = pack(zeros, scheme.bits)
+    return qweight, scales, zeros
+
+
+def _check_tiles(tiles: Tensor, out_features: int, in_features: int) -> None:
+    if tiles.dim() != 1 or tiles.dtype != torch.uint8 or not tiles.is_contiguous():
+        raise LwquantError(f"tiles are {tuple(tiles.shape)} {tiles.dtype}, expected (bytes,) uint8")
+    if out_features < 1 or in_features < 1:
+        raise LwquantError(f"a layer of {in_features} inputs and {out_features} outputs is empty")
+
+
+def _linear(
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    outlier_rows: Tensor | None = None,
+) -> Tensor:
+    outliers = (outlier_values, outlier_columns, outlier_rows)
+    check_input(x, bias, out_features)
+    _check_tiles(tiles, out_features, x.shape[-1])
+    check_outliers(outliers, out_features, x.shape[-1], tiles.device)
+    # Copies only where the caller's tensor is not already flat, float32 and contiguous.
+    tokens = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+    y = native.linear_native(tokens, tiles, wide_bias, out_features, outliers)
+    if y is None:  # NaN or infinity among the inputs, which integers cannot hold
+        weight = native.dequantize_tiles_native(tiles, out_features, x.shape[-1], outliers)
+        y = F.linear(tokens, weight, wide_bias)
+    return y.view(*x.shape[:-1], out_features).to(x.dtype)
+
+
+def _dequantize(
+    tiles: Tensor,
+    out_features: int,
+    in_features: int,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    outlier_rows: Tensor | None = None,
+) -> Tensor:
+    outliers = (outlier_values, outlier_columns, outlier_rows)
+    _check_tiles(tiles, out_features, in_features)
+    check_outliers(outliers, out_features, in_features, tiles.device)
+    return native.dequantize_tiles_native(tiles, out_features, in_features, outliers)
+
+
+def _linear_fake(
+    x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, *outliers: Tensor | None
+) -> Tensor:
+    check_input(x, bias, out_features)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _dequantize_fake(
+    tiles: Tensor, out_features: int, in_features: int, *outliers: Tensor | None
+) -> Tensor:
+    return tiles.new_empty(out_features, in_features, dtype=torch.float32)
+
+
+for _name, _meaning, _fake in (
+    ("linear_tiled", _linear, _linear_fake),
+    ("dequantize_tiled", _dequantize, _dequantize_fake),
+):
+    LIBRARY.impl(_name, _meaning, "CPU")
+    torch.library.register_fake(f"lwquant::{_name}", _fake, lib=LIBRARY)
+
+linear_tiled = torch.ops.lwquant.linear_tiled.default
+dequantize_tiled = torch.ops.lwquant.dequantize_tiled.default
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, tiles, bias, out_features, *outliers = inputs
+    ctx.save_for_backward(tiles, *outliers)
+    ctx.shape = (out_features, x.shape[-1])
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tiles, *outliers = ctx.saved_tensors
+    of_x = of_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = dequantize_tiled(tiles, *ctx.shape, *outliers)
+        of_x = (grad.float() @ weight).to(grad.dtype)
+    if ctx.needs_input_grad[2]:
+        of_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return (of_x, None, of_bias, None, *(None for _ in outliers))
+
+
+torch.library.register_autograd(
+    "lwquant::linear_tiled", _backward, setup_context=_setup, lib=LIBRARY
+)
