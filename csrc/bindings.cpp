@@ -158,14 +158,17 @@ bool bind_linear(Address x, int64_t n_tokens, int64_t in_features, Address data,
 
 void bind_dequantize_tiles(Address data, int64_t size, int64_t out_features, int64_t in_features,
                            Address outlier_values, Address outlier_columns, bool wide_columns,
-                           Address outlier_rows, int64_t n_outliers, int64_t n_threads,
-                           Address out) {
+                           Address outlier_rows, int64_t n_outliers, int64_t row, int64_t n_rows,
+                           int64_t n_threads, Address out) {
   const Tiles tiles = require_tiles(data, size, out_features, in_features);
   const Outliers outliers =
       make_outliers({outlier_values, outlier_columns, wide_columns, outlier_rows, n_outliers},
                     out_features, in_features);
   require(out && n_threads >= 1, "no address for the result, or no threads");
-  dequantize_tiles(tiles, outliers, static_cast<int>(n_threads), pointer<float>(out));
+  require(row >= 0 && row % kTileOutputs == 0 && n_rows >= 0 && row + n_rows <= out_features,
+          "rows outside the layer, or not from a tile's first on");
+  dequantize_tiles(tiles, outliers, row / kTileOutputs, n_rows, static_cast<int>(n_threads),
+                   pointer<float>(out));
 }
 
 void bind_dequantize(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,

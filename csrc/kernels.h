@@ -112,8 +112,9 @@ void make_tiles(const Weight&, int n_threads, uint8_t* data);  // outliers are n
 bool read_tiles(const uint8_t* data, int64_t size, Tiles* out);  // false: these are no tiles
 // The row streams again; `zeros` (n_groups, out_features) in bytes, null where there are none.
 void unmake_tiles(const Tiles&, int n_threads, int32_t* codes, uint8_t* scales, uint8_t* zeros);
-// out (out_features, in_features), with outliers.
-void dequantize_tiles(const Tiles&, const Outliers&, int n_threads, float* out);
+// out (n_rows, in_features): the weight's rows from those of `first_tile` on, with outliers.
+void dequantize_tiles(const Tiles&, const Outliers&, int64_t first_tile, int64_t n_rows,
+                      int n_threads, float* out);
 // The codes of one tile, (kTileOutputs, padded_inputs).
 void tile_codes(const Tiles&, int64_t tile, uint8_t* codes);
 float tile_scale(const Tiles&, int64_t tile, int64_t row, int64_t group);

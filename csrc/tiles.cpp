@@ -109,11 +109,11 @@ int64_t tile_rows(const Tiles& t, int64_t tile) {
   return std::min<int64_t>(kTileOutputs, t.is.out_features - tile * kTileOutputs);
 }
 
-// Runs body(tile) for every tile.
+// Runs body(0), .., body(n_tiles - 1).
 template <typename Body>
-void for_each_tile(const Tiles& t, int n_threads, Body body) {
+void for_each_tile(int64_t n_tiles, int n_threads, Body body) {
   run_tasks(
-      static_cast<int>(t.n_tiles), n_threads,
+      static_cast<int>(n_tiles), n_threads,
       [](void* pointer, int tile, int) { (*static_cast<Body*>(pointer))(tile); }, &body);
 }
 
@@ -159,7 +159,7 @@ void make_tiles(const Weight& w, int n_threads, uint8_t* data) {
   memcpy(data, &is, sizeof is);
   const Tiles t = tiles_of(is, data);
   uint8_t* first = data + sizeof is;
-  for_each_tile(t, n_threads, [&](int64_t tile) {
+  for_each_tile(t.n_tiles, n_threads, [&](int64_t tile) {
     uint8_t* begin = first + tile * t.tile_bytes;
     memset(begin, 0, static_cast<size_t>(t.codes_offset));
     uint8_t* params = begin + (is.scale_bytes ? kTileOutputs : 0);
@@ -199,7 +199,7 @@ void make_tiles(const Weight& w, int n_threads, uint8_t* data) {
 void unmake_tiles(const Tiles& t, int n_threads, int32_t* codes, uint8_t* scales, uint8_t* zeros) {
   const int64_t words = row_words(t.is.in_features, t.is.bits), n_groups = t.n_groups;
   const int64_t row_scales = t.is.scale_bytes ? 1 + n_groups : 2 * n_groups;  // bytes
-  for_each_tile(t, n_threads, [&](int64_t tile) {
+  for_each_tile(t.n_tiles, n_threads, [&](int64_t tile) {
     const uint8_t* begin = t.first + tile * t.tile_bytes;
     const uint8_t* params = begin + (t.is.scale_bytes ? kTileOutputs : 0);
     std::vector<uint8_t> rows(static_cast<size_t>(kTileOutputs * t.padded_inputs));
@@ -220,26 +220,29 @@ void unmake_tiles(const Tiles& t, int n_threads, int32_t* codes, uint8_t* scales
   });
 }
 
-void dequantize_tiles(const Tiles& t, const Outliers& outliers, int n_threads, float* out) {
-  for_each_tile(t, n_threads, [&](int64_t tile) {
-    std::vector<uint8_t> rows(static_cast<size_t>(kTileOutputs * t.padded_inputs));
-    tile_codes(t, tile, rows.data());
-    for (int64_t row = 0; row < tile_rows(t, tile); ++row) {
-      const uint8_t* codes = rows.data() + row * t.padded_inputs;
-      float* weights = out + (tile * kTileOutputs + row) * t.is.in_features;
+void dequantize_tiles(const Tiles& t, const Outliers& outliers, int64_t first_tile,
+                      int64_t n_rows, int n_threads, float* out) {
+  const int64_t n_tiles = (n_rows + kTileOutputs - 1) / kTileOutputs;
+  for_each_tile(n_tiles, n_threads, [&](int64_t index) {
+    const int64_t tile = first_tile + index;
+    const int64_t rows = std::min<int64_t>(kTileOutputs, n_rows - index * kTileOutputs);
+    std::vector<uint8_t> codes(static_cast<size_t>(kTileOutputs * t.padded_inputs));
+    tile_codes(t, tile, codes.data());
+    float* first = out + index * kTileOutputs * t.is.in_features;
+    for (int64_t row = 0; row < rows; ++row) {
+      const uint8_t* own = codes.data() + row * t.padded_inputs;
+      float* weights = first + row * t.is.in_features;
       for (int64_t group = 0; group < t.n_groups; ++group) {
         const float scale = tile_scale(t, tile, row, group);
         const float zero = tile_zero(t, tile, row, group);
         const int64_t start = group * t.is.group_size;
         const int64_t stop = std::min(start + t.is.group_size, t.is.in_features);
         for (int64_t k = start; k < stop; ++k) {
-          weights[k] = (static_cast<float>(codes[k]) - zero) * scale;
+          weights[k] = (static_cast<float>(own[k]) - zero) * scale;
         }
       }
     }
-    const int64_t first = tile * kTileOutputs;
-    place_outliers(outliers, first, tile_rows(t, tile), t.is.in_features,
-                   out + first * t.is.in_features);
+    place_outliers(outliers, tile * kTileOutputs, rows, t.is.in_features, first);
   });
 }
 

@@ -65,6 +65,8 @@ def dequantize_tiles(
     wide_columns: bool,
     outlier_rows: int,
     n_outliers: int,
+    row: int,
+    n_rows: int,
     n_threads: int,
     out: int,
     /,

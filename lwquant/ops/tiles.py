@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lwquant.errors import LwquantError
@@ -98,10 +97,11 @@ def _linear(
     # Copies only where the caller's tensor is not already flat, float32 and contiguous.
     tokens = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
     wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
-    y = native.linear_native(tokens, tiles, wide_bias, out_features, outliers)
-    if y is None:  # NaN or infinity among the inputs, which integers cannot hold
-        weight = native.dequantize_tiles_native(tiles, out_features, x.shape[-1], outliers)
-        y = F.linear(tokens, weight, wide_bias)
+    y = None
+    if not native.panels_are_faster(len(tokens)):
+        y = native.linear_native(tokens, tiles, wide_bias, out_features, outliers)
+    if y is None:  # or NaN or infinity among the inputs, which integers cannot hold
+        y = native.tiled_panels(tokens, tiles, wide_bias, out_features, outliers)
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
