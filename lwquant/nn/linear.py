@@ -113,10 +113,7 @@ class QuantizedLinear(nn.Module):
         if tiles is None and not torch.compiler.is_compiling():
             tiles = self.prepare()
         if tiles is not None:
-            out: Tensor = torch.ops.lwquant.linear_tiled(
-                x, tiles, self.bias, self.out_features, *self._outliers
-            )
-            return out
+            return ops.call_linear(x, tiles, self.bias, self.out_features, self._outliers)
         y: Tensor = torch.ops.lwquant.linear(
             x,
             self.qweight,

@@ -8,11 +8,19 @@ but for float32 sums. The fast matmul is `lwquant::linear_tiled`, on layers laid
 import lwquant.ops.gradient  # noqa: F401  (registers the backward of linear)
 from lwquant.ops.native import UncompiledWarning, available_isas, compiled, isa, set_isa
 from lwquant.ops.schema import dequantize, linear, pack, unpack
-from lwquant.ops.tiles import dequantize_tiled, linear_tiled, make_tiles, tiles_bytes, unmake_tiles
+from lwquant.ops.tiles import (
+    call_linear,
+    dequantize_tiled,
+    linear_tiled,
+    make_tiles,
+    tiles_bytes,
+    unmake_tiles,
+)
 
 __all__ = [
     "UncompiledWarning",
     "available_isas",
+    "call_linear",
     "compiled",
     "dequantize",
     "dequantize_tiled",

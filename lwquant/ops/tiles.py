@@ -14,6 +14,7 @@ from torch import Tensor
 from lwquant.errors import LwquantError
 from lwquant.ops import native
 from lwquant.ops.huge_pages import empty_bytes
+from lwquant.ops.native import OutlierTensors
 from lwquant.ops.schema import LIBRARY, check_input, check_outliers, pack
 from lwquant.scheme import QuantScheme, row_words
 
@@ -94,15 +95,33 @@ def _linear(
     check_input(x, bias, out_features)
     _check_tiles(tiles, out_features, x.shape[-1])
     check_outliers(outliers, out_features, x.shape[-1], tiles.device)
-    # Copies only where the caller's tensor is not already flat, float32 and contiguous.
-    tokens = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    # Each call that is spared here is a microsecond: as much as a small layer takes.
+    flat, single = x.dim() == 2, x.dtype == torch.float32
+    tokens = x if flat else x.reshape(-1, x.shape[-1])
+    tokens = (tokens if single else tokens.to(torch.float32)).contiguous()
     wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
     y = None
     if not native.panels_are_faster(len(tokens)):
         y = native.linear_native(tokens, tiles, wide_bias, out_features, outliers)
     if y is None:  # or NaN or infinity among the inputs, which integers cannot hold
         y = native.tiled_panels(tokens, tiles, wide_bias, out_features, outliers)
-    return y.view(*x.shape[:-1], out_features).to(x.dtype)
+    y = y if flat else y.view(*x.shape[:-1], out_features)
+    return y if single else y.to(x.dtype)
+
+
+def call_linear(
+    x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, outliers: OutlierTensors
+) -> Tensor:
+    """linear_tiled(), past torch's dispatcher where nobody but it would see the call.
+
+    The dispatcher and the autograd wrapper of an operator written in Python take longer than the
+    product with a small layer.
+    """
+    seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if seen or type(x) is not Tensor or not x.is_cpu:
+        y: Tensor = torch.ops.lwquant.linear_tiled(x, tiles, bias, out_features, *outliers)
+        return y
+    return _linear(x, tiles, bias, out_features, *outliers)
 
 
 def _dequantize(

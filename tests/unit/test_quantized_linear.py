@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from lwquant import ops
 from lwquant.codebooks import CODEBOOKS
@@ -202,6 +203,24 @@ def test_the_first_call_lays_it_out_for_the_kernels_and_what_is_saved_stays_the_
     layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), wanted)
     assert pickle.loads(pickle.dumps(layer)).qweight.equal(before["qweight"])
+
+
+@tiled
+@pytest.mark.parametrize("shape", [(100,), (3, 100), (2, 1, 100), (0, 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_it_computes_the_same_past_the_dispatcher(shape, dtype):
+    layer = QuantizedLinear.from_weight(random_weight(SCHEMES[-1]), torch.randn(24))
+    x = torch.randn(shape).to(dtype)
+    wanted = layer(x)
+    with torch.no_grad():
+        got = layer(x)
+        strided = torch.randn(5, 200)[:, ::2].to(dtype)
+        assert torch.equal(layer(strided), layer(strided.contiguous()))
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake:
+            assert layer(fake.from_tensor(x)).shape == wanted.shape
+    assert got.dtype == dtype and not got.requires_grad and torch.equal(got, wanted)
+    assert wanted.requires_grad and wanted.grad_fn is not None  # of the bias
 
 
 @tiled
