@@ -24,11 +24,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     qweight, scales, zeros, *outliers = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * _N_INPUTS
     if ctx.needs_input_grad[0]:
-        weight = dequantize(qweight, scales, zeros, *ctx.layout, *outliers)
-        grads[0] = (grad.float() @ weight).to(grad.dtype)
+        grads[0] = of_input(grad, dequantize(qweight, scales, zeros, *ctx.layout, *outliers))
     if ctx.needs_input_grad[4]:
-        grads[4] = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        grads[4] = of_bias(grad, ctx.bias_dtype)
     return tuple(grads)
+
+
+def of_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """From (..., out_features) to (..., in_features), in its own dtype."""
+    return (grad.float() @ weight).to(grad.dtype)
+
+
+def of_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """From (..., out_features) to (out_features,)."""
+    return grad.float().reshape(-1, grad.shape[-1]).sum(0).to(dtype)
 
 
 torch.library.register_autograd("lwquant::linear", _backward, setup_context=_setup, lib=LIBRARY)

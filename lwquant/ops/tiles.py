@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lwquant.errors import LwquantError
 from lwquant.ops import native
+from lwquant.ops.gradient import of_bias, of_input
 from lwquant.ops.huge_pages import empty_bytes
 from lwquant.ops.native import OutlierTensors
 from lwquant.ops.schema import LIBRARY, check_input, check_outliers, pack
@@ -171,13 +172,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tiles, *outliers = ctx.saved_tensors
-    of_x = of_bias = None
+    grads: list[Tensor | None] = [None] * (4 + len(outliers))
     if ctx.needs_input_grad[0]:
-        weight = dequantize_tiled(tiles, *ctx.shape, *outliers)
-        of_x = (grad.float() @ weight).to(grad.dtype)
+        grads[0] = of_input(grad, dequantize_tiled(tiles, *ctx.shape, *outliers))
     if ctx.needs_input_grad[2]:
-        of_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (of_x, None, of_bias, None, *(None for _ in outliers))
+        grads[2] = of_bias(grad, ctx.bias_dtype)
+    return tuple(grads)
 
 
 torch.library.register_autograd(
