@@ -144,16 +144,18 @@ void bind_unmake_tiles(Address data, int64_t size, int64_t out_features, int64_t
 bool bind_linear(Address x, int64_t n_tokens, int64_t in_features, Address data, int64_t size,
                  int64_t out_features, Address bias, Address outlier_values,
                  Address outlier_columns, bool wide_columns, Address outlier_rows,
-                 int64_t n_outliers, int64_t n_threads, Address y) {
+                 int64_t n_outliers, int64_t activation_bits, int64_t n_threads, Address y) {
   const Tiles tiles = require_tiles(data, size, out_features, in_features);
   const Outliers outliers =
       make_outliers({outlier_values, outlier_columns, wide_columns, outlier_rows, n_outliers},
                     out_features, in_features);
   require(n_tokens >= 0 && n_threads >= 1, "negative tokens or no threads");
+  require(activation_bits == 8 || activation_bits == 16,
+          "activation_bits=" + std::to_string(activation_bits) + " is not 8 or 16");
   if (n_tokens == 0) return true;
   require(x && y, "no address for x or y");
   return linear(tiles, outliers, pointer<const float>(bias), pointer<const float>(x), n_tokens,
-                static_cast<int>(n_threads), pointer<float>(y));
+                static_cast<int>(activation_bits), static_cast<int>(n_threads), pointer<float>(y));
 }
 
 void bind_dequantize_tiles(Address data, int64_t size, int64_t out_features, int64_t in_features,

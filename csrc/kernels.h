@@ -48,24 +48,38 @@ constexpr int kByteStep = 6;       // the others count float16 patterns above it
 // What one more in a byte of zeros adds to the zero-point, in codes.
 constexpr float byte_zero_step(int bits) { return 1.0f / static_cast<float>(1 << (8 - bits)); }
 
-// The inputs of a call as integers: x = q * span_scale with |q| <= kLargestActivation.
+// The inputs of a call as integers: x = q * span_scale with |q| <= largest_activation(bits).
 // A span is up to kMaxSpanBlocks blocks of one group: its integer products stay below 2^31.
 struct Activations {
-  const uint8_t* quads;     // (n_tokens, padded_inputs / 4, 8): four of q, zero beyond in_features,
-                            // as int16 or, for Isa::split, as four high and four low int8 with
-                            // q = 256 * high + low
-  const float* span_scale;  // (n_tokens, n_spans)
-  const float* group_sum;   // (n_tokens, n_groups): the sum of q * span_scale over the group
+  int bits;                 // 8 or 16
+  const uint8_t* quads;     // (n_spans, n_tokens, span_bytes): four of q together, see quad_bytes();
+                            // zero beyond in_features
+  const float* span_scale;  // (n_spans, n_tokens)
+  const float* group_sum;   // (n_groups, n_tokens): the sum of q * span_scale over the group
   int64_t n_tokens;
-  int64_t token_bytes;      // from one token's quads to the next one's
   int64_t n_spans;
-  int64_t span_blocks;      // the last span may have fewer
+  int64_t span_blocks;      // the last span may have fewer that matter
+  int64_t span_bytes;
   int64_t spans_per_group;  // the last group may have fewer
 };
 
 constexpr int kMaxSpanBlocks = 4;
-constexpr int kLargestActivation = 127 * 256 + 127;  // the low byte is signed, too
-constexpr int kQuadBytes = 8;
+// At 16 bits q = 256 * high + low, and the low byte is signed, too.
+constexpr int largest_activation(int bits) { return bits == 8 ? 127 : 127 * 256 + 127; }
+// Four of q as int16, or for Isa::split as int8: at 16 bits the high bytes, then the low ones.
+constexpr int quad_bytes(int bits, bool split) { return bits == 8 && split ? kQuad : 2 * kQuad; }
+
+// A span whose largest value is below this is measured with this instead, so that the scale and
+// its inverse stay normal numbers; the error is then at most 2^-108 an input.
+constexpr float kSmallestRange = 0x1p-100f;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+
+// What a span of one token was rounded with, and the sum of its q.
+struct Span {
+  float scale;
+  int32_t sum;
+  bool finite;  // false: there is NaN or infinity in it, and the rest means nothing
+};
 
 // One instruction set.
 struct Isa {
@@ -73,9 +87,11 @@ struct Isa {
   // n codes of one row stream -> n bytes. Reads ceil(n * bits / 32) words and no more.
   void (*unpack_row)(int bits, const int32_t* words, int64_t n, uint8_t* codes);
   bool split;  // how it wants activations
-  // The tile's rows of y (n_tokens, out_features) = x Wᵀ + bias; bias may be null.
-  void (*multiply_tile)(const Tiles&, const Activations&, int64_t tile, const float* bias,
-                        float* y);
+  // Writes the quads of n inputs, filled up with zeros to n_padded: a multiple of kBlockInputs.
+  Span (*quantize_span)(const float* x, int64_t n, int64_t n_padded, int bits, uint8_t* quads);
+  // The tiles' rows of y (n_tokens, out_features) = x Wᵀ + bias; bias may be null.
+  void (*multiply_tiles)(const Tiles&, const Activations&, int64_t tile, int64_t n_tiles,
+                         const float* bias, float* y);
   const RoundingLoops* rounding;
 };
 
@@ -121,7 +137,7 @@ float tile_scale(const Tiles&, int64_t tile, int64_t row, int64_t group);
 float tile_zero(const Tiles&, int64_t tile, int64_t row, int64_t group);
 
 // activations.cpp: false when a value is NaN or infinite (then quads mean nothing)
-bool quantize_activations(const Tiles&, const Activations&, const float* x, bool split,
+bool quantize_activations(const Isa&, const Tiles&, const Activations&, const float* x,
                           uint8_t* quads, float* span_scale, float* group_sum);
 
 // dispatch.cpp
@@ -130,10 +146,10 @@ const Isa& current_isa();
 bool select_isa(const char* name);  // false: unknown, or not on this machine
 
 // linear.cpp: the host functions; shapes have been checked
-// y (n_tokens, out_features) = x Wᵀ + bias. False when x holds NaN or infinity, which integers
-// cannot: y means nothing then.
+// y (n_tokens, out_features) = x Wᵀ + bias, x as integers of 8 or 16 bits. False when x holds NaN or
+// infinity, which integers cannot: y means nothing then.
 bool linear(const Tiles&, const Outliers&, const float* bias, const float* x, int64_t n_tokens,
-            int n_threads, float* y);
+            int activation_bits, int n_threads, float* y);
 // out (n_rows, in_features): rows [row, row + n_rows) as float32.
 void dequantize(const Weight&, int64_t row, int64_t n_rows, int n_threads, float* out);
 

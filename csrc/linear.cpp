@@ -10,7 +10,7 @@ namespace {
 
 // Below this many products a second thread costs more to wake than it saves.
 constexpr int64_t kProductsPerThread = int64_t{1} << 18;
-constexpr int64_t kBlockRows = 2 * kTileOutputs;  // of one task
+constexpr int64_t kBlockRows = 4 * kTileOutputs;  // of one task
 constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of activations
 constexpr int64_t kMinBlockTokens = 16;
 
@@ -54,20 +54,22 @@ void for_each_block(int64_t n_rows, int n_threads, Body body) {
 }  // namespace
 
 bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const float* x,
-            int64_t n_tokens, int n_threads, float* y) {
+            int64_t n_tokens, int activation_bits, int n_threads, float* y) {
   const Isa& isa = current_isa();
   const int64_t in_features = w.is.in_features, out_features = w.is.out_features;
   n_threads = useful_threads(n_threads, out_features * in_features * n_tokens);
   Activations a{};
-  a.token_bytes = w.padded_inputs / kQuad * kQuadBytes;
+  a.bits = activation_bits;
   a.span_blocks = span_blocks(w);
   const int64_t span_inputs = a.span_blocks * kBlockInputs;
+  a.span_bytes = span_inputs / kQuad * quad_bytes(a.bits, isa.split);
   a.n_spans = (w.padded_inputs + span_inputs - 1) / span_inputs;
   a.spans_per_group = (w.is.group_size + span_inputs - 1) / span_inputs;
   // All tokens of a block stay in the L2 cache beside the tile that reads them.
-  const int64_t block = std::max<int64_t>(kMinBlockTokens, kBlockBytes / a.token_bytes);
+  const int64_t token_bytes = a.n_spans * a.span_bytes;
+  const int64_t block = std::max<int64_t>(kMinBlockTokens, kBlockBytes / token_bytes);
   const int64_t n_most = std::min(n_tokens, block);
-  auto quads = buffer<uint8_t>(n_most * a.token_bytes + kLine);
+  auto quads = buffer<uint8_t>(n_most * token_bytes + kLine);
   auto span_scale = buffer<float>(n_most * a.n_spans);
   auto group_sum = buffer<float>(n_most * w.n_groups);
   a.quads = quads.get(), a.span_scale = span_scale.get(), a.group_sum = group_sum.get();
@@ -75,14 +77,13 @@ bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const f
     a.n_tokens = std::min(block, n_tokens - first);
     const float* inputs = x + first * in_features;
     float* outputs = y + first * out_features;
-    if (!quantize_activations(w, a, inputs, isa.split, quads.get(), span_scale.get(),
+    if (!quantize_activations(isa, w, a, inputs, quads.get(), span_scale.get(),
                               group_sum.get())) {
       return false;
     }
     for_each_block(out_features, n_threads, [&](int64_t row, int64_t n_rows, int) {
-      for (int64_t r = row; r < row + n_rows; r += kTileOutputs) {
-        isa.multiply_tile(w, a, r / kTileOutputs, bias, outputs);
-      }
+      const int64_t n_tiles = (n_rows + kTileOutputs - 1) / kTileOutputs;
+      isa.multiply_tiles(w, a, row / kTileOutputs, n_tiles, bias, outputs);
       add_outliers(outliers, inputs, a.n_tokens, in_features, row, n_rows, out_features, outputs);
     });
   }

@@ -13,6 +13,8 @@
 namespace lwquant {
 namespace {
 
+#include "quantize_span.inc"
+
 constexpr int kHalf = 16;
 constexpr int kLaneCodes = 8;
 constexpr int kMaxWords = 8;
@@ -129,9 +131,11 @@ INLINE __m256i merge(__m256i a, __m256i b, int bits) { return _mm256_or_si256(a,
 
 #include "unpack_block.inc"
 
+constexpr int kQuad16Bytes = quad_bytes(16, false);  // what 8 bits have here, too
+
 // Adds codes * q of half a block, 8 rows, for TOKENS tokens; a sum of a row is two lanes.
 template <int BITS, int TOKENS>
-INLINE void multiply_block(const uint8_t* codes, const uint8_t* quads, int64_t token_bytes,
+INLINE void multiply_block(const uint8_t* codes, const uint8_t* quads, int64_t span_bytes,
                            __m256i (&sums)[TOKENS][2]) {
   __m256i packed[BITS], unpacked[kBlockVectors];
   for (int i = 0; i < BITS; ++i) {
@@ -143,7 +147,7 @@ INLINE void multiply_block(const uint8_t* codes, const uint8_t* quads, int64_t t
     const __m256i high = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(unpacked[v], 1));
     for (int t = 0; t < TOKENS; ++t) {
       int64_t four;
-      memcpy(&four, quads + v * kQuadBytes + t * token_bytes, sizeof four);
+      memcpy(&four, quads + v * kQuad16Bytes + t * span_bytes, sizeof four);
       const __m256i q = _mm256_set1_epi64x(four);
       sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(low, q));
       sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(high, q));
@@ -163,9 +167,7 @@ void multiply_tokens(const Tiles& w, const Activations& a, int64_t tile, int64_t
     params.windows = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), kByteExponent);
     params.at += kTileOutputs;
   }
-  const uint8_t* quads = a.quads + token * a.token_bytes;
-  const float* span_scale = a.span_scale + token * a.n_spans;
-  const float* group_sum = a.group_sum + token * w.n_groups;
+  const uint8_t* quads = a.quads + token * a.span_bytes;
   __m256 total[TOKENS][2];
   for (int t = 0; t < TOKENS; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
   int64_t span = 0, left = w.padded_inputs / kBlockInputs;
@@ -182,21 +184,21 @@ void multiply_tokens(const Tiles& w, const Activations& a, int64_t tile, int64_t
         for (int t = 0; t < TOKENS; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
         for (int64_t block = 0; block < n_blocks; ++block) {
           multiply_block<BITS, TOKENS>(codes + block * BITS * kLine + half * kLine / 2,
-                                       quads + block * kBlockVectors * kQuadBytes, a.token_bytes,
+                                       quads + block * kBlockVectors * kQuad16Bytes, a.span_bytes,
                                        sums);
         }
         for (int t = 0; t < TOKENS; ++t) {
           const __m256i rows = add_pairs(sums[t][0], sums[t][1]);
-          const __m256 own = _mm256_set1_ps(span_scale[t * a.n_spans + span]);
+          const __m256 own = _mm256_set1_ps(a.span_scale[span * a.n_tokens + token + t]);
           const __m256 both = _mm256_mul_ps(scales[half], own);
           total[t][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(rows), both, total[t][half]);
         }
       }
-      codes += n_blocks * BITS * kLine, quads += n_blocks * kBlockVectors * kQuadBytes;
+      codes += n_blocks * BITS * kLine, quads += a.n_tokens * a.span_bytes;
       left -= n_blocks;
     }
     for (int t = 0; t < TOKENS; ++t) {
-      const __m256 inputs = _mm256_set1_ps(group_sum[t * w.n_groups + group]);
+      const __m256 inputs = _mm256_set1_ps(a.group_sum[group * a.n_tokens + token + t]);
       for (int half = 0; half < 2; ++half) {
         const __m256 below = _mm256_mul_ps(scales[half], zeros[half]);
         total[t][half] = _mm256_fnmadd_ps(below, inputs, total[t][half]);
@@ -236,6 +238,11 @@ void multiply_tile(const Tiles& w, const Activations& a, int64_t tile, const flo
   }
 }
 
+void multiply_tiles(const Tiles& w, const Activations& a, int64_t tile, int64_t n_tiles,
+                    const float* bias, float* y) {
+  for (; n_tiles; --n_tiles, ++tile) multiply_tile(w, a, tile, bias, y);
+}
+
 template <int BITS>
 void unpack(const int32_t* words, int64_t n, uint8_t* codes) {
   int64_t rest = (n * BITS + kWordBits - 1) / kWordBits;
@@ -269,6 +276,6 @@ void unpack_any(int bits, const int32_t* words, int64_t n, uint8_t* codes) {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", unpack_any, false, multiply_tile, &kAvx2Rounding};
+const Isa kAvx2 = {"avx2", unpack_any, false, quantize_span, multiply_tiles, &kAvx2Rounding};
 
 }  // namespace lwquant

@@ -1,11 +1,14 @@
-// The tiles' matmul with AVX-512 VNNI, for up to 8 tokens at once, and unpacking of row streams.
+// The tiles' matmul with AVX-512 VNNI, and unpacking of row streams.
 //
 // A vector holds four inputs of 16 rows. `vpdpbusd` multiplies its codes by four activations that
-// it broadcasts from memory, once for their high and once for their low bytes: per 64 weights and
-// token 2 instructions, beside about 2 to unpack. Both sums of a span are exact. Scales and zeros
-// are vectors of 16 rows, so nothing is ever summed across lanes.
+// are the same for all rows: once where they are 8 bits, else once by their high and once by their
+// low bytes. The sums of a span are exact. Scales and zeros are vectors of 16 rows, so nothing is
+// ever summed across lanes.
+// Few tokens: codes are unpacked into registers, about 2 instructions for 64 codes.
+// Many: those of a span of two tiles are unpacked into the L1 cache, and each broadcast of four
+// activations serves both tiles.
 // Bytes moved per weight: bits/8 + (scale + zero) / group_size.
-// Expected limit: memory at one token, `vpdpbusd` from 2 or 3 on.
+// Expected limit: memory at one token, `vpdpbusd` from some 4 on.
 //
 // In a row stream 32 codes are exactly `bits` words: load them, bring to each 128-bit lane the words
 // of its 8 codes (vpermd), to each 16-bit slot the two bytes its code lies in (vpshufb), shift, mask.
@@ -18,7 +21,8 @@ namespace lwquant {
 namespace {
 
 constexpr int kLaneCodes = 8;
-constexpr int64_t kAhead = 6144;  // bytes that are fetched ahead of their use
+constexpr int64_t kAhead = 2048;  // bytes of a stream that are fetched ahead of their use
+constexpr int kStreams = 4;
 
 // Where lane j (8 codes, `BITS` bytes) and slot i (one code) find their bits.
 template <int BITS>
@@ -122,116 +126,357 @@ INLINE void add_products(__m512i& sum, __m512i codes, const uint8_t* four) {
       : "v"(codes), "m"(*reinterpret_cast<const int32_t*>(four)));
 }
 
-// Adds codes * q of one block for TOKENS tokens: with the high bytes of q and with the low ones.
-template <int BITS, int TOKENS>
-INLINE void multiply_block(const uint8_t* codes, const uint8_t* quads, int64_t token_bytes,
-                           __m512i (&high)[2][TOKENS], __m512i (&low)[2][TOKENS]) {
-  // One dot product has to wait for the last into the same sum: with few tokens, more sums.
-  constexpr int kSets = TOKENS <= 2 ? 2 : 1;
-  __m512i packed[BITS], unpacked[kBlockVectors];
-  for (int i = 0; i < BITS; ++i) packed[i] = _mm512_load_si512(codes + i * kLine);
-  Block<BITS>::unpack(packed, unpacked);
-  for (int v = 0; v < kBlockVectors; ++v) {
-    for (int t = 0; t < TOKENS; ++t) {
-      const uint8_t* quad = quads + v * kQuadBytes + t * token_bytes;
-      add_products(high[v % kSets][t], unpacked[v], quad);
-      add_products(low[v % kSets][t], unpacked[v], quad + kQuad);
+INLINE void add_products(__m512i& sum, __m512i codes, __m512i four) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(four));
+}
+
+// What TOKENS tokens and ROWS tiles add up in one span: with BYTES 2 the high bytes of activations
+// and the low ones apart.
+template <int TOKENS, int ROWS, int BYTES>
+struct Sums {
+  __m512i of[BYTES][ROWS][TOKENS];
+
+  INLINE void clear() {
+    for (auto& part : of) {
+      for (auto& row : part) {
+        for (__m512i& sum : row) sum = _mm512_setzero_si512();
+      }
     }
+  }
+
+  INLINE __m512 total(int row, int token) const {
+    __m512i sum = of[BYTES - 1][row][token];
+    if (BYTES == 2) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(of[0][row][token], 8));
+    return _mm512_cvtepi32_ps(sum);
+  }
+};
+
+// Scales of one tile, group by group, and scales times zeros.
+struct GroupParams {
+  __m512 scales, below;
+
+  INLINE void load(const Tiles& w, const Params& p) {
+    scales = load_scales(w, p);
+    below = _mm512_mul_ps(scales, load_zeros(w, p));
+  }
+};
+
+INLINE Params first_params(const Tiles& w, int64_t tile) {
+  const uint8_t* begin = w.first + tile * w.tile_bytes;
+  if (!w.is.scale_bytes) return {begin, _mm256_setzero_si256()};
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(begin));
+  return {begin + kTileOutputs, _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), kByteExponent)};
+}
+
+// The spans of a layer, group by group.
+struct Walk {
+  int64_t span, blocks_left;
+
+  // Where the spans of the group end that begins with the present one.
+  INLINE int64_t group_stop(const Activations& a) const {
+    const int64_t all = span + a.spans_per_group;
+    return all < a.n_spans ? all : a.n_spans;
+  }
+  INLINE int64_t blocks(const Activations& a) const {
+    return blocks_left < a.span_blocks ? blocks_left : a.span_blocks;
+  }
+};
+
+INLINE void prefetch_lines(const uint8_t* at, int n) {
+  for (int i = 0; i < n; ++i) {
+    _mm_prefetch(reinterpret_cast<const char*>(at + i * kLine), _MM_HINT_T0);
   }
 }
 
-// y of one tile for TOKENS tokens from `token` on.
-template <int BITS, int TOKENS>
-void multiply_tokens(const Tiles& w, const Activations& a, int64_t tile, int64_t token,
-                     const float* bias, float* y) {
-  const uint8_t* begin = w.first + tile * w.tile_bytes;
-  const uint8_t* codes = begin + w.codes_offset;
-  Params params = {begin, _mm256_setzero_si256()};
-  if (w.is.scale_bytes) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(begin));
-    params.windows = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), kByteExponent);
-    params.at += kTileOutputs;
-  }
-  const uint8_t* quads = a.quads + token * a.token_bytes;
-  const float* span_scale = a.span_scale + token * a.n_spans;
-  const float* group_sum = a.group_sum + token * w.n_groups;
-  __m512 total[TOKENS];
-  for (int t = 0; t < TOKENS; ++t) total[t] = _mm512_setzero_ps();
-  int64_t span = 0, left = w.padded_inputs / kBlockInputs;
-  // The processor does not follow a stream by itself at this pace. What is fetched is as far ahead
-  // in its tile, so that nothing between two tiles is left out.
-  const int64_t step = w.tile_bytes / left;
-  const uint8_t* ahead = begin + kAhead;
-  for (int64_t group = 0; group < w.n_groups; ++group, params.at += w.group_bytes) {
-    const __m512 scales = load_scales(w, params);
-    const __m512 below = _mm512_mul_ps(scales, load_zeros(w, params));
-    const int64_t all = span + a.spans_per_group;
-    const int64_t stop = all < a.n_spans ? all : a.n_spans;
-    for (; span < stop; ++span) {
-      __m512i high[2][TOKENS], low[2][TOKENS];
-      for (int t = 0; t < TOKENS; ++t) {
-        high[0][t] = high[1][t] = low[0][t] = low[1][t] = _mm512_setzero_si512();
-      }
-      const int64_t n_blocks = left < a.span_blocks ? left : a.span_blocks;
-      for (int64_t block = 0; block < n_blocks; ++block) {
-        multiply_block<BITS, TOKENS>(codes, quads, a.token_bytes, high, low);
-        for (int i = 0; i <= BITS; ++i) {
-          _mm_prefetch(reinterpret_cast<const char*>(ahead + i * kLine), _MM_HINT_T0);
-        }
-        codes += BITS * kLine, quads += kBlockVectors * kQuadBytes, ahead += step;
-      }
-      left -= n_blocks;
-      for (int t = 0; t < TOKENS; ++t) {
-        const __m512 both =
-            _mm512_mul_ps(scales, _mm512_set1_ps(span_scale[t * a.n_spans + span]));
-        const __m512i all_high = _mm512_slli_epi32(_mm512_add_epi32(high[0][t], high[1][t]), 8);
-        const __m512i sum = _mm512_add_epi32(all_high, _mm512_add_epi32(low[0][t], low[1][t]));
-        total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, total[t]);
-      }
-    }
-    for (int t = 0; t < TOKENS; ++t) {
-      const __m512 inputs = _mm512_set1_ps(group_sum[t * w.n_groups + group]);
-      total[t] = _mm512_fnmadd_ps(below, inputs, total[t]);
-    }
-  }
+INLINE void store_rows(const Tiles& w, int64_t tile, const float* bias, __m512 total, float* y) {
   const int64_t row = tile * kTileOutputs, rest = w.is.out_features - row;
   const __mmask16 present =
       static_cast<__mmask16>(rest < kTileOutputs ? (1u << rest) - 1 : 0xffffu);
   const __m512 shift = bias ? _mm512_maskz_loadu_ps(present, bias + row) : _mm512_setzero_ps();
+  _mm512_mask_storeu_ps(y + row, present, _mm512_add_ps(total, shift));
+}
+
+// Few tokens: y of ROWS tiles for TOKENS tokens from `token` on, codes unpacked into registers.
+// The tiles take turns span by span: several streams come from memory faster than one.
+template <int BITS, int ROWS, int TOKENS, int BYTES>
+void multiply_few(const Tiles& w, const Activations& a, int64_t tile, const float* bias, float* y) {
+  // One dot product has to wait for the last into the same sum: with few tokens, more sums.
+  constexpr int kSets = TOKENS <= 2 ? 2 : 1;
+  constexpr int kBytes = BYTES * kQuad;
+  Walk walk = {0, w.padded_inputs / kBlockInputs};
+  // The processor does not follow a stream by itself at this pace. What is fetched is as far ahead
+  // in its tile, then in the tile that comes after these, so that nothing is left out.
+  const int64_t step = w.tile_bytes / walk.blocks_left;
+  const uint8_t* const never = w.first + 2 * w.n_tiles * w.tile_bytes;
+  const uint8_t *codes[ROWS], *ahead[ROWS], *end[ROWS];
+  Params params[ROWS];
+  __m512 total[ROWS][TOKENS];
+  for (int r = 0; r < ROWS; ++r) {
+    const uint8_t* begin = w.first + (tile + r) * w.tile_bytes;
+    codes[r] = begin + w.codes_offset, ahead[r] = begin + kAhead, end[r] = begin + w.tile_bytes;
+    params[r] = first_params(w, tile + r);
+    for (__m512& each : total[r]) each = _mm512_setzero_ps();
+  }
+  for (int64_t group = 0; group < w.n_groups; ++group) {
+    GroupParams of_group[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      of_group[r].load(w, params[r]);
+      params[r].at += w.group_bytes;
+    }
+    for (const int64_t stop = walk.group_stop(a); walk.span < stop; ++walk.span) {
+      const int64_t n_blocks = walk.blocks(a), first = walk.span * a.n_tokens;
+      for (int r = 0; r < ROWS; ++r) {
+        const uint8_t* quads = a.quads + first * a.span_bytes;
+        Sums<TOKENS, kSets, BYTES> sums;
+        sums.clear();
+        for (int64_t block = 0; block < n_blocks; ++block) {
+          __m512i packed[BITS], unpacked[kBlockVectors];
+          for (int i = 0; i < BITS; ++i) packed[i] = _mm512_load_si512(codes[r] + i * kLine);
+          Block<BITS>::unpack(packed, unpacked);
+          for (int v = 0; v < kBlockVectors; ++v) {
+            for (int t = 0; t < TOKENS; ++t) {
+              const uint8_t* quad = quads + v * kBytes + t * a.span_bytes;
+              for (int b = 0; b < BYTES; ++b) {
+                add_products(sums.of[b][v % kSets][t], unpacked[v], quad + b * kQuad);
+              }
+            }
+          }
+          if (ahead[r] >= end[r]) ahead[r] += (ROWS - 1) * w.tile_bytes, end[r] = never;
+          prefetch_lines(ahead[r], BITS + 1);
+          codes[r] += BITS * kLine, quads += kBlockVectors * kBytes, ahead[r] += step;
+        }
+        for (int t = 0; t < TOKENS; ++t) {
+          const __m512 own = _mm512_set1_ps(a.span_scale[first + t]);
+          if (kSets == 2) {
+            for (int b = 0; b < BYTES; ++b) {
+              sums.of[b][0][t] = _mm512_add_epi32(sums.of[b][0][t], sums.of[b][kSets - 1][t]);
+            }
+          }
+          const __m512 both = _mm512_mul_ps(of_group[r].scales, own);
+          total[r][t] = _mm512_fmadd_ps(sums.total(0, t), both, total[r][t]);
+        }
+      }
+      walk.blocks_left -= n_blocks;
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+      const __m512 inputs = _mm512_set1_ps(a.group_sum[group * a.n_tokens + t]);
+      for (int r = 0; r < ROWS; ++r) {
+        total[r][t] = _mm512_fnmadd_ps(of_group[r].below, inputs, total[r][t]);
+      }
+    }
+  }
   for (int t = 0; t < TOKENS; ++t) {
-    float* out = y + (token + t) * w.is.out_features + row;
-    _mm512_mask_storeu_ps(out, present, _mm512_add_ps(total[t], shift));
+    for (int r = 0; r < ROWS; ++r) {
+      store_rows(w, tile + r, bias, total[r][t], y + t * w.is.out_features);
+    }
   }
 }
 
-template <int BITS>
-void multiply_width(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
-                    float* y) {
+// Many tokens: the codes of a span of ROWS tiles, unpacked once for all of them.
+constexpr int kPanelTokens = 64;  // whose totals stay in the L1 cache beside the codes
+constexpr int kPanelTiles = 2;
+
+template <int ROWS>
+struct Panel {
+  alignas(kLine) uint8_t codes[ROWS][kMaxSpanBlocks * kBlockVectors * kLine];
+  alignas(kLine) float totals[kPanelTokens][ROWS][kTileOutputs];
+  GroupParams of_group[ROWS];
+};
+
+// Adds what one span makes of TOKENS tokens to their totals.
+template <int ROWS, int TOKENS, int BYTES>
+INLINE void add_span(Panel<ROWS>& panel, const Activations& a, int64_t span, int64_t n_vectors,
+                     int64_t first, int64_t token) {
+  constexpr int kBytes = BYTES * kQuad;
+  const int64_t at = span * a.n_tokens + first + token;
+  const uint8_t* quads = a.quads + at * a.span_bytes;
+  Sums<TOKENS, ROWS, BYTES> sums;
+  sums.clear();
+  for (int64_t v = 0; v < n_vectors; ++v, quads += kBytes) {
+    __m512i codes[ROWS];
+    for (int r = 0; r < ROWS; ++r) codes[r] = _mm512_load_si512(panel.codes[r] + v * kLine);
+    for (int t = 0; t < TOKENS; ++t) {
+      for (int b = 0; b < BYTES; ++b) {
+        const uint8_t* four = quads + t * a.span_bytes + b * kQuad;
+        const __m512i q = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(four));
+        for (int r = 0; r < ROWS; ++r) add_products(sums.of[b][r][t], codes[r], q);
+      }
+    }
+  }
+  for (int t = 0; t < TOKENS; ++t) {
+    const __m512 own = _mm512_set1_ps(a.span_scale[at + t]);
+    for (int r = 0; r < ROWS; ++r) {
+      float* totals = panel.totals[token + t][r];
+      const __m512 both = _mm512_mul_ps(panel.of_group[r].scales, own);
+      const __m512 sum = _mm512_fmadd_ps(sums.total(r, t), both, _mm512_load_ps(totals));
+      _mm512_store_ps(totals, sum);
+    }
+  }
+}
+
+template <int ROWS, int BYTES>
+INLINE void add_span_of_all(Panel<ROWS>& panel, const Activations& a, int64_t span,
+                            int64_t n_vectors, int64_t first, int64_t n_tokens) {
+  constexpr int kAtOnce = BYTES == 1 ? 8 : 4;  // 16 sums, each of which is added to in turn
   int64_t t = 0;
-  for (; t + 8 <= a.n_tokens; t += 8) multiply_tokens<BITS, 8>(w, a, tile, t, bias, y);
-  switch (a.n_tokens - t) {
-    case 7: return multiply_tokens<BITS, 7>(w, a, tile, t, bias, y);
-    case 6: return multiply_tokens<BITS, 6>(w, a, tile, t, bias, y);
-    case 5: return multiply_tokens<BITS, 5>(w, a, tile, t, bias, y);
-    case 4: return multiply_tokens<BITS, 4>(w, a, tile, t, bias, y);
-    case 3: return multiply_tokens<BITS, 3>(w, a, tile, t, bias, y);
-    case 2: return multiply_tokens<BITS, 2>(w, a, tile, t, bias, y);
-    case 1: return multiply_tokens<BITS, 1>(w, a, tile, t, bias, y);
-    default: return;
+  for (; t + kAtOnce <= n_tokens; t += kAtOnce) {
+    add_span<ROWS, kAtOnce, BYTES>(panel, a, span, n_vectors, first, t);
+  }
+  for (; t + 2 <= n_tokens; t += 2) {
+    add_span<ROWS, 2, BYTES>(panel, a, span, n_vectors, first, t);
+  }
+  if (t < n_tokens) add_span<ROWS, 1, BYTES>(panel, a, span, n_vectors, first, t);
+}
+
+template <int BITS, int ROWS, int BYTES>
+void multiply_many(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
+                   float* y) {
+  Panel<ROWS> panel;
+  for (int64_t first = 0; first < a.n_tokens; first += kPanelTokens) {
+    const int64_t rest = a.n_tokens - first;
+    const int64_t n_tokens = rest < kPanelTokens ? rest : kPanelTokens;
+    for (int64_t t = 0; t < n_tokens; ++t) {
+      for (int r = 0; r < ROWS; ++r) _mm512_store_ps(panel.totals[t][r], _mm512_setzero_ps());
+    }
+    Params params[ROWS];
+    const uint8_t* codes[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      params[r] = first_params(w, tile + r);
+      codes[r] = w.first + (tile + r) * w.tile_bytes + w.codes_offset;
+    }
+    Walk walk = {0, w.padded_inputs / kBlockInputs};
+    for (int64_t group = 0; group < w.n_groups; ++group) {
+      for (int r = 0; r < ROWS; ++r) {
+        panel.of_group[r].load(w, params[r]);
+        params[r].at += w.group_bytes;
+      }
+      for (const int64_t stop = walk.group_stop(a); walk.span < stop; ++walk.span) {
+        const int64_t n_blocks = walk.blocks(a);
+        for (int r = 0; r < ROWS; ++r) {
+          for (int64_t block = 0; block < n_blocks; ++block, codes[r] += BITS * kLine) {
+            __m512i packed[BITS], unpacked[kBlockVectors];
+            for (int i = 0; i < BITS; ++i) packed[i] = _mm512_load_si512(codes[r] + i * kLine);
+            Block<BITS>::unpack(packed, unpacked);
+            uint8_t* out = panel.codes[r] + block * kBlockVectors * kLine;
+            for (int v = 0; v < kBlockVectors; ++v) _mm512_store_si512(out + v * kLine, unpacked[v]);
+            prefetch_lines(codes[r] + kAhead, BITS);
+          }
+        }
+        walk.blocks_left -= n_blocks;
+        add_span_of_all<ROWS, BYTES>(panel, a, walk.span, n_blocks * kBlockVectors, first,
+                                     n_tokens);
+      }
+      for (int64_t t = 0; t < n_tokens; ++t) {
+        const __m512 inputs = _mm512_set1_ps(a.group_sum[group * a.n_tokens + first + t]);
+        for (int r = 0; r < ROWS; ++r) {
+          float* totals = panel.totals[t][r];
+          const __m512 total = _mm512_load_ps(totals);
+          _mm512_store_ps(totals, _mm512_fnmadd_ps(panel.of_group[r].below, inputs, total));
+        }
+      }
+    }
+    for (int64_t t = 0; t < n_tokens; ++t) {
+      for (int r = 0; r < ROWS; ++r) {
+        float* out = y + (first + t) * w.is.out_features;
+        store_rows(w, tile + r, bias, _mm512_load_ps(panel.totals[t][r]), out);
+      }
+    }
   }
 }
 
-void multiply_tile(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
+constexpr int kFewTokens = 4;
+
+template <int BITS, int ROWS, int BYTES>
+void multiply_rows(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
                    float* y) {
-  switch (w.is.bits) {
-    case 2: return multiply_width<2>(w, a, tile, bias, y);
-    case 3: return multiply_width<3>(w, a, tile, bias, y);
-    case 4: return multiply_width<4>(w, a, tile, bias, y);
-    case 5: return multiply_width<5>(w, a, tile, bias, y);
-    case 6: return multiply_width<6>(w, a, tile, bias, y);
-    case 7: return multiply_width<7>(w, a, tile, bias, y);
-    default: return multiply_width<8>(w, a, tile, bias, y);
+  switch (a.n_tokens) {
+    case 1: return multiply_few<BITS, ROWS, 1, BYTES>(w, a, tile, bias, y);
+    case 2: return multiply_few<BITS, ROWS, 2, BYTES>(w, a, tile, bias, y);
+    case 3: return multiply_few<BITS, ROWS, 3, BYTES>(w, a, tile, bias, y);
+    default: return multiply_few<BITS, ROWS, 4, BYTES>(w, a, tile, bias, y);
   }
+}
+
+template <int BITS, int BYTES>
+void multiply_width(const Tiles& w, const Activations& a, int64_t tile, int64_t n_tiles,
+                    const float* bias, float* y) {
+  if (a.n_tokens > kFewTokens) {
+    for (; n_tiles >= kPanelTiles; n_tiles -= kPanelTiles, tile += kPanelTiles) {
+      multiply_many<BITS, kPanelTiles, BYTES>(w, a, tile, bias, y);
+    }
+    if (n_tiles) multiply_many<BITS, 1, BYTES>(w, a, tile, bias, y);
+    return;
+  }
+  for (; n_tiles >= kStreams; n_tiles -= kStreams, tile += kStreams) {
+    multiply_rows<BITS, kStreams, BYTES>(w, a, tile, bias, y);
+  }
+  for (; n_tiles; --n_tiles, ++tile) multiply_rows<BITS, 1, BYTES>(w, a, tile, bias, y);
+}
+
+template <int BYTES>
+void multiply_any(const Tiles& w, const Activations& a, int64_t tile, int64_t n_tiles,
+                  const float* bias, float* y) {
+  switch (w.is.bits) {
+    case 2: return multiply_width<2, BYTES>(w, a, tile, n_tiles, bias, y);
+    case 3: return multiply_width<3, BYTES>(w, a, tile, n_tiles, bias, y);
+    case 4: return multiply_width<4, BYTES>(w, a, tile, n_tiles, bias, y);
+    case 5: return multiply_width<5, BYTES>(w, a, tile, n_tiles, bias, y);
+    case 6: return multiply_width<6, BYTES>(w, a, tile, n_tiles, bias, y);
+    case 7: return multiply_width<7, BYTES>(w, a, tile, n_tiles, bias, y);
+    default: return multiply_width<8, BYTES>(w, a, tile, n_tiles, bias, y);
+  }
+}
+
+void multiply_tiles(const Tiles& w, const Activations& a, int64_t tile, int64_t n_tiles,
+                    const float* bias, float* y) {
+  if (a.bits == 8) return multiply_any<1>(w, a, tile, n_tiles, bias, y);
+  multiply_any<2>(w, a, tile, n_tiles, bias, y);
+}
+
+constexpr int kFloats = 16;  // of a vector
+
+// 16 of q as quads of int8: high bytes and low ones in turns.
+INLINE void store_wide(__m512i q, uint8_t* quads) {
+  const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24);
+  const __m128i high_bytes = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(q, low), 8));
+  const __m128i low_bytes = _mm512_cvtepi32_epi8(low);
+  __m128i* out = reinterpret_cast<__m128i*>(quads);
+  _mm_storeu_si128(out, _mm_unpacklo_epi32(high_bytes, low_bytes));
+  _mm_storeu_si128(out + 1, _mm_unpackhi_epi32(high_bytes, low_bytes));
+}
+
+Span quantize_span(const float* x, int64_t n, int64_t n_padded, int bits, uint8_t* quads) {
+  __m512 inputs[kMaxSpanBlocks * kBlockInputs / kFloats];
+  const int64_t n_vectors = n_padded / kFloats;
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t v = 0; v < n_vectors; ++v) {
+    const int64_t rest = n - v * kFloats;
+    const __mmask16 present = static_cast<__mmask16>(
+        rest >= kFloats ? 0xffffu : rest > 0 ? (1u << rest) - 1 : 0);
+    inputs[v] = _mm512_maskz_loadu_ps(present, x + v * kFloats);
+    const __m512i own = _mm512_and_si512(_mm512_castps_si512(inputs[v]), magnitude);
+    largest = _mm512_max_epu32(largest, own);
+  }
+  const uint32_t pattern = _mm512_reduce_max_epu32(largest);
+  if (pattern >= kInfinityBits) return {0.0f, 0, false};
+  float range;
+  memcpy(&range, &pattern, sizeof range);
+  range = range < kSmallestRange ? kSmallestRange : range;
+  const float steps = static_cast<float>(largest_activation(bits));
+  const __m512 inverse = _mm512_set1_ps(steps / range);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t v = 0; v < n_vectors; ++v) {
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(inputs[v], inverse));  // to nearest
+    sum = _mm512_add_epi32(sum, q);
+    if (bits == 8) {
+      __m128i* out = reinterpret_cast<__m128i*>(quads) + v;
+      _mm_storeu_si128(out, _mm512_cvtepi32_epi8(q));
+    } else {
+      store_wide(q, quads + v * 2 * kFloats);
+    }
+  }
+  return {range / steps, _mm512_reduce_add_epi32(sum), true};
 }
 
 template <int BITS>
@@ -262,6 +507,6 @@ void unpack_any(int bits, const int32_t* words, int64_t n, uint8_t* codes) {
 
 }  // namespace
 
-const Isa kAvx512Vnni = {"avx512_vnni", unpack_any, true, multiply_tile, &kAvx512Rounding};
+const Isa kAvx512Vnni = {"avx512_vnni", unpack_any, true, quantize_span, multiply_tiles, &kAvx512Rounding};
 
 }  // namespace lwquant

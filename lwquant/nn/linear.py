@@ -59,6 +59,7 @@ class QuantizedLinear(nn.Module):
         bias: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        activation_bits: int = 16,
     ) -> None:
         """An empty layer to load into; `dtype` is that of the bias."""
         super().__init__()
@@ -69,6 +70,7 @@ class QuantizedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
+        self.activation_bits = activation_bits
         n_groups, n_scales = scheme.n_groups(in_features), scheme.row_scales(in_features)
         code_words = row_words(in_features, scheme.bits)
         qweight = torch.zeros(out_features, code_words, dtype=torch.int32, device=device)
@@ -113,7 +115,9 @@ class QuantizedLinear(nn.Module):
         if tiles is None and not torch.compiler.is_compiling():
             tiles = self.prepare()
         if tiles is not None:
-            return ops.call_linear(x, tiles, self.bias, self.out_features, self._outliers)
+            return ops.call_linear(
+                x, tiles, self.bias, self.out_features, self._outliers, self.activation_bits
+            )
         y: Tensor = torch.ops.lwquant.linear(
             x,
             self.qweight,

@@ -13,6 +13,7 @@ def linear(
     wide_columns: bool,
     outlier_rows: int,
     n_outliers: int,
+    activation_bits: int,
     n_threads: int,
     y: int,
     /,

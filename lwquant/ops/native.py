@@ -173,12 +173,14 @@ def linear_native(
     bias: Tensor | None,
     out_features: int,
     outliers: OutlierTensors,
+    activation_bits: int,
 ) -> Tensor | None:
     """(n, in_features) → (n, out_features), both float32 as bias is; None for NaN and infinity.
 
     As linear_reference, and apart from float32 summation no further from it than
-    Σ over groups of |scale| · max|x| · 0.51 / 32639 · Σ|code − zero|: the kernels hold x as 16-bit
-    integers. tests/unit/test_ops_linear.py derives the bound and holds every kernel to it.
+    Σ over groups of |scale| · max|x| · 0.51 / L · Σ|code − zero|: the kernels hold x as integers up
+    to L, 32639 at 16 bits and 127 at 8. tests/unit/test_ops_linear.py derives the bound and holds
+    every kernel to it.
     """
     outliers = _contiguous(outliers)
     y = torch.empty(tokens.shape[0], out_features)
@@ -191,6 +193,7 @@ def linear_native(
         out_features,
         0 if bias is None else bias.data_ptr(),
         *_outlier_layout(outliers),
+        activation_bits,
         torch.get_num_threads(),
         y.data_ptr(),
     )

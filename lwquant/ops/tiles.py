@@ -21,7 +21,8 @@ from lwquant.scheme import QuantScheme, row_words
 
 _OUTLIERS = "Tensor? outlier_values=None, Tensor? outlier_columns=None, Tensor? outlier_rows=None"
 LIBRARY.define(
-    f"linear_tiled(Tensor x, Tensor tiles, Tensor? bias, int out_features, {_OUTLIERS}) -> Tensor"
+    f"linear_tiled(Tensor x, Tensor tiles, Tensor? bias, int out_features, {_OUTLIERS}, "
+    "int activation_bits=16) -> Tensor"
 )
 LIBRARY.define(
     f"dequantize_tiled(Tensor tiles, int out_features, int in_features, {_OUTLIERS}) -> Tensor"
@@ -91,6 +92,7 @@ def _linear(
     outlier_values: Tensor | None = None,
     outlier_columns: Tensor | None = None,
     outlier_rows: Tensor | None = None,
+    activation_bits: int = 16,
 ) -> Tensor:
     outliers = (outlier_values, outlier_columns, outlier_rows)
     check_input(x, bias, out_features)
@@ -103,7 +105,9 @@ def _linear(
     wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
     y = None
     if not native.panels_are_faster(len(tokens)):
-        y = native.linear_native(tokens, tiles, wide_bias, out_features, outliers)
+        y = native.linear_native(
+            tokens, tiles, wide_bias, out_features, outliers, activation_bits
+        )
     if y is None:  # or NaN or infinity among the inputs, which integers cannot hold
         y = native.tiled_panels(tokens, tiles, wide_bias, out_features, outliers)
     y = y if flat else y.view(*x.shape[:-1], out_features)
@@ -111,7 +115,12 @@ def _linear(
 
 
 def call_linear(
-    x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, outliers: OutlierTensors
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    outliers: OutlierTensors,
+    activation_bits: int,
 ) -> Tensor:
     """linear_tiled(), past torch's dispatcher where nobody but it would see the call.
 
@@ -120,9 +129,11 @@ def call_linear(
     """
     seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
     if seen or type(x) is not Tensor or not x.is_cpu:
-        y: Tensor = torch.ops.lwquant.linear_tiled(x, tiles, bias, out_features, *outliers)
+        y: Tensor = torch.ops.lwquant.linear_tiled(
+            x, tiles, bias, out_features, *outliers, activation_bits
+        )
         return y
-    return _linear(x, tiles, bias, out_features, *outliers)
+    return _linear(x, tiles, bias, out_features, *outliers, activation_bits)
 
 
 def _dequantize(
@@ -140,7 +151,7 @@ def _dequantize(
 
 
 def _linear_fake(
-    x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, *outliers: Tensor | None
+    x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, *others: Any
 ) -> Tensor:
     check_input(x, bias, out_features)
     return x.new_empty(*x.shape[:-1], out_features)
@@ -164,7 +175,7 @@ dequantize_tiled = torch.ops.lwquant.dequantize_tiled.default
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, tiles, bias, out_features, *outliers = inputs
+    x, tiles, bias, out_features, *outliers, _ = inputs
     ctx.save_for_backward(tiles, *outliers)
     ctx.shape = (out_features, x.shape[-1])
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -172,7 +183,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tiles, *outliers = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * (4 + len(outliers))
+    grads: list[Tensor | None] = [None] * (5 + len(outliers))
     if ctx.needs_input_grad[0]:
         grads[0] = of_input(grad, dequantize_tiled(tiles, *ctx.shape, *outliers))
     if ctx.needs_input_grad[2]:

@@ -1,0 +1,260 @@
+"""The measurement behind benchmarks/kernels.py, whose docstring says what is measured."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernel_runs import ours, torch_peers
+from kernel_runs.candidate import Call, Candidate, Shape, pool_bytes
+from kernel_runs.packages import PACKAGES, make_importable
+from kernel_runs.probes import Probes, Roofs
+from lwquant import ops
+from lwquant.decode_times import parse_shape, shape_label, write_decode_times
+from lwquant.recipe import Recipe
+from lwquant.scheme import SCALE_BITS, WHOLE_ROW, QuantScheme
+from rows import HERE, commit, machine
+
+WORK = HERE.parent / "demo" / "kernels"  # git-ignored: the peers' packages
+LARGE = ((4096, 4096), (4096, 11008), (11008, 4096))
+SHAPES = (*LARGE, (576, 1536), (1536, 576), (4304, 1000))
+QUICK_TOKENS, TOKENS = (1, 8), (1, 8, 32, 128, 512)
+QUICK_GROUPS, GROUPS = (64,), (32, 64, 128, WHOLE_ROW)
+WIDTHS = (2, 3, 4, 5, 6, 8)
+ROUNDS, MANY_TOKENS_ROUNDS = 21, 7
+STRETCH_BYTES = 64 * 2**20  # of weights read in one timed stretch, so that short calls are not noise
+MANY_TOKENS = 32  # from here on a stretch is one call
+ROW = "row"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of ours on some tokens; times are the best of the rounds, in microseconds a call."""
+
+    shape: str  # outputs x inputs
+    M: int  # tokens
+    bits: int
+    group_size: int | str
+    scheme: str
+    activation_bits: int
+    threads: int
+    microseconds: float
+    median_microseconds: float
+    roof_microseconds: float
+    roof_fraction: float
+    best_peer: str | None
+    best_peer_microseconds: float | None
+    ratio: float | None
+    peers: dict[str, float]  # at this width
+    bf16_microseconds: float
+
+
+def check(candidate: Candidate, calls: list[Call], x: Tensor) -> None:
+    expected = x.double() @ candidate.dense.double().T
+    error = (calls[0]().double() - expected).abs().max() / expected.abs().max()
+    if not error < candidate.tolerance:
+        raise SystemExit(f"{candidate.name}: wrong result, relative error {error:.3g}")
+
+
+def time_all(
+    candidates: Sequence[Candidate], x: Tensor, rounds: int, probes: Probes
+) -> list[list[float]]:
+    """Microseconds a call, (candidates, rounds)."""
+    bound = [candidate.bind(x) for candidate in candidates]
+    for candidate, calls in zip(candidates, bound, strict=True):
+        check(candidate, calls, x)
+    endless = [itertools.cycle(calls) for calls in bound]
+    times: list[list[float]] = [[] for _ in candidates]
+    for _ in range(rounds):
+        probes.probe()
+        for candidate, calls, found in zip(candidates, endless, times, strict=True):
+            few = len(x) < MANY_TOKENS
+            n_calls = max(1, STRETCH_BYTES // candidate.weight_bytes) if few else 1
+            batch = [next(calls) for _ in range(n_calls)]
+            start = time.perf_counter()
+            for call in batch:
+                call()
+            found.append((time.perf_counter() - start) / n_calls * 1e6)
+    return times
+
+
+def peers_of(shape: Shape, groups: Sequence[int], threads: int) -> dict[int, list[Candidate]]:
+    """By group size: those that have one come once for each, the others with the first."""
+    from kernel_runs import ggml_peer, onnxruntime_peer
+
+    sizes = {group: 128 if group == WHOLE_ROW else group for group in groups}
+    made = {
+        size: onnxruntime_peer.candidates(shape, size, threads) for size in set(sizes.values())
+    }
+    common = [*torch_peers.candidates(shape), *ggml_peer.candidates(shape, threads)]
+    return {group: [*common, *made[size]] for group, size in sizes.items()}
+
+
+def measure(
+    shapes: Sequence[Shape],
+    tokens: Sequence[int],
+    groups: Sequence[int],
+    schemes: dict[int, list[QuantScheme]],
+    rounds: tuple[int, int],
+    with_peers: bool,
+    activation_bits: int | None,
+) -> list[Row]:
+    threads = torch.get_num_threads()
+    probes = Probes(WORK, pool_bytes(), threads)
+    rows = []
+    for shape in shapes:
+        bf16 = torch_peers.bf16(shape)
+        peers = peers_of(shape, groups, threads) if with_peers else {g: [bf16] for g in groups}
+        for group in groups:
+            own = [
+                ours.candidate(shape, scheme, activation_bits or usual_activation_bits(scheme.bits))
+                for scheme in schemes[group]
+            ]
+            for n_tokens in tokens:
+                everyone = [*own, *peers[group]]
+                x = torch.randn(n_tokens, shape[1])
+                n_rounds = rounds[n_tokens >= MANY_TOKENS]
+                print(f"{shape_label(shape)}, {n_tokens} tokens", file=sys.stderr)
+                times = time_all(everyone, x, n_rounds, probes)
+                roofs = probes.roofs()
+                best = {c.name: min(found) for c, found in zip(everyone, times, strict=True)}
+                for scheme, candidate, found in zip(schemes[group], own, times, strict=False):
+                    row = row_of(shape, scheme, candidate, found, peers[group], best, x, roofs)
+                    rows.append(row)
+    return rows
+
+
+def usual_activation_bits(bits: int) -> int:
+    """What quantizing chooses for layers of this width, but for massive activations."""
+    return 8 if bits <= 4 else 16
+
+
+def row_of(
+    shape: Shape,
+    scheme: QuantScheme,
+    candidate: Candidate,
+    times: list[float],
+    peers: Sequence[Candidate],
+    best: dict[str, float],
+    x: Tensor,
+    roofs: Roofs,
+) -> Row:
+    took = min(times)
+    operations = 2 * len(x) * shape[0] * shape[1]
+    roof = roofs.microseconds(candidate.weight_bytes, operations)
+    same_width = {p.name: best[p.name] for p in peers if p.bits == scheme.bits}
+    fastest = min(same_width, key=lambda name: same_width[name]) if same_width else None
+    return Row(
+        shape=shape_label(shape),
+        M=len(x),
+        bits=scheme.bits,
+        group_size=ROW if scheme.group_size == WHOLE_ROW else scheme.group_size,
+        scheme=scheme.label,
+        activation_bits=candidate.activation_bits,
+        threads=torch.get_num_threads(),
+        microseconds=took,
+        median_microseconds=statistics.median(times),
+        roof_microseconds=roof,
+        roof_fraction=roof / took,
+        best_peer=fastest,
+        best_peer_microseconds=same_width[fastest] if fastest else None,
+        ratio=same_width[fastest] / took if fastest else None,
+        peers=same_width,
+        bf16_microseconds=best[torch_peers.BF16_NAME],
+    )
+
+
+def print_tables(rows: list[Row]) -> None:
+    """Markdown; a cell is microseconds, percent of the roof, and the best peer's time over ours."""
+    widths = sorted({row.bits for row in rows})
+    print(f"| out x in | tokens | groups | bf16 | {' | '.join(f'{b} bits' for b in widths)} |")
+    print("|---" * (4 + len(widths)) + "|")
+    key = lambda row: (row.shape, row.M, row.group_size)  # noqa: E731
+    for (shape, n_tokens, group), found in itertools.groupby(rows, key):
+        cells = {}
+        bf16 = 0.0
+        for row in found:
+            ratio = f", {row.ratio:.2f}" if row.ratio else ""
+            cells[row.bits] = f"{row.microseconds:.0f} ({row.roof_fraction:.0%}{ratio})"
+            bf16 = row.bf16_microseconds
+        shown = " | ".join(cells.get(bits, "") for bits in widths)
+        print(f"| {shape.replace('x', ' x ')} | {n_tokens} | {group} | {bf16:.0f} | {shown} |")
+
+
+def write_times(rows: list[Row], about: dict[str, object], path: Path) -> None:
+    """The best times at one token, for allocation."""
+    times: dict[Shape, dict[str, float]] = {}
+    for row in rows:
+        if row.M == 1:
+            found = times.setdefault(parse_shape(row.shape), {})
+            found[row.scheme] = row.microseconds
+            found[QuantScheme(16).label] = row.bf16_microseconds
+    write_decode_times(path, times, about)
+
+
+def main(description: str) -> None:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="large shapes, 1 and 8 tokens")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--write", type=Path, help="write a table of decode times here")
+    parser.add_argument("--no-peers", action="store_true", help="only torch's bf16 beside ours")
+    parser.add_argument("--shapes", help="outputs x inputs, comma-separated")
+    parser.add_argument("--tokens", help="comma-separated")
+    parser.add_argument("--group-sizes", help=f"comma-separated; {ROW} for whole rows")
+    parser.add_argument("--scale-bits", type=int, default=8, choices=SCALE_BITS)
+    parser.add_argument("--activation-bits", type=int, choices=(8, 16), help="at every width")
+    parser.add_argument("--rounds", type=int, help="the same for every number of tokens")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--isa", default=ops.isa(), help=f"one of {ops.available_isas()}")
+    arguments = parser.parse_args()
+    shapes: Sequence[Shape] = LARGE if arguments.quick else SHAPES
+    if arguments.shapes:
+        shapes = [parse_shape(label) for label in arguments.shapes.split(",")]
+    tokens: Sequence[int] = QUICK_TOKENS if arguments.quick else TOKENS
+    if arguments.tokens:
+        tokens = [int(n) for n in arguments.tokens.split(",")]
+    groups: Sequence[int] = QUICK_GROUPS if arguments.quick else GROUPS
+    if arguments.group_sizes:
+        named = arguments.group_sizes.split(",")
+        groups = [WHOLE_ROW if label == ROW else int(label) for label in named]
+    if arguments.write and 1 not in tokens:
+        parser.error("--write needs times at one token: add 1 to --tokens")
+    rounds = (arguments.rounds,) * 2 if arguments.rounds else (ROUNDS, MANY_TOKENS_ROUNDS)
+    if not arguments.no_peers:
+        make_importable(WORK)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    ops.set_isa(arguments.isa)
+    schemes = {  # with the zeros and scales of the default menu
+        group: Recipe(bits=WIDTHS, group_size=group, scale_bits=arguments.scale_bits).schemes()
+        for group in groups
+    }
+    rows = measure(shapes, tokens, groups, schemes, rounds, not arguments.no_peers, arguments.activation_bits)
+    about = {
+        "cpu": machine(),
+        "isa": ops.isa(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "peers": [] if arguments.no_peers else list(PACKAGES.values()),
+        "pool_bytes": pool_bytes(),
+        "commit": commit(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    print_tables(rows)
+    if arguments.write:
+        write_times(rows, about, arguments.write)
+    if arguments.json:
+        result = {"machine": about, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,60 @@
+"""lwquant's own layers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernel_runs.candidate import Call, Candidate, Shape, pool_size
+from lwquant import ops
+from lwquant.ops.huge_pages import empty_bytes
+from lwquant.ops.scale_bytes import encode_scales
+from lwquant.quantizers.grid import storable_scale
+from lwquant.scheme import QuantScheme, row_words
+
+# Of the largest output: activations are integers up to 127 or 32639 times a span's largest.
+TOLERANCE = {8: 0.03, 16: 1e-4}
+NO_OUTLIERS = (None, None, None)
+
+
+def candidate(shape: Shape, scheme: QuantScheme, activation_bits: int) -> Candidate:
+    """A layer of random words, which are valid codes at every width."""
+    out_features, in_features = shape
+    n_bytes = ops.tiles_bytes(scheme, out_features, in_features)
+    if not n_bytes:
+        raise SystemExit(f"there is no kernel for scheme {scheme.label}")
+    first = _random_tiles(shape, scheme)
+    pool = [first]
+    for _ in range(pool_size(n_bytes) - 1):
+        pool.append(empty_bytes(n_bytes).copy_(first))
+
+    def bind(x: Tensor) -> list[Call]:
+        return [partial(_call, x, tiles, out_features, activation_bits) for tiles in pool]
+
+    dense = ops.dequantize_tiled(first, out_features, in_features)
+    name = f"{scheme.label}-a{activation_bits}"
+    tolerance = TOLERANCE[activation_bits]
+    return Candidate(name, scheme.bits, n_bytes, bind, dense, tolerance, activation_bits)
+
+
+def _call(x: Tensor, tiles: Tensor, out_features: int, activation_bits: int) -> Tensor:
+    return ops.call_linear(x, tiles, None, out_features, NO_OUTLIERS, activation_bits)
+
+
+def _random_tiles(shape: Shape, scheme: QuantScheme) -> Tensor:
+    out_features, in_features = shape
+    n_groups = scheme.n_groups(in_features)
+
+    def words(rows: int, columns: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, (rows, columns)).to(torch.int32)
+
+    drawn = storable_scale(torch.rand(out_features, n_groups) + 0.5, scheme).half()
+    scales = encode_scales(drawn) if scheme.scale_bits == 8 else drawn
+    if scheme.fine_zeros:
+        zeros = torch.randint(256, (n_groups, out_features), dtype=torch.uint8)
+    else:
+        zeros = words(n_groups, row_words(out_features, scheme.bits))
+    codes = words(out_features, row_words(in_features, scheme.bits))
+    return ops.make_tiles(scheme, in_features, codes, scales, zeros)

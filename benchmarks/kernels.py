@@ -1,0 +1,24 @@
+"""Time the low-bit matmul kernels beside their peers and the machine's roofs, in one run.
+
+    python benchmarks/kernels.py --quick --json FILE   # 4096-class shapes, 1 and 8 tokens
+    python benchmarks/kernels.py --json FILE --write FILE   # everything, and a table of times
+    python benchmarks/kernels.py --no-peers --tokens 1 --shapes 576x576 --write FILE
+
+--write makes a table of decode times for `lwquant quantize --decode-times FILE`.
+
+Each candidate is checked against a float64 product before it is timed. Rounds are interleaved, and
+each call takes the next of a pool of weights larger than the last cache, as a model would. Bandwidth
+and int8 rate are probed between the rounds. A time is the best of the rounds, a roof the best that was
+seen beside it: roof_fraction is the larger of bytes / bandwidth and operations / int8 rate, over the time.
+A peer is compared at its own width: Q2_K with 2 bits, Q4_0 and Q4_K with 4; ratio is its time over
+ours. onnxruntime has our group size (128 for whole rows), torch's int4 the largest that fits.
+"""
+
+from __future__ import annotations
+
+# Nothing is imported unless this is run: transformers takes any module of this name for the Hub's
+# package `kernels`, and imports it, when a script of this folder imports transformers.
+if __name__ == "__main__":
+    from kernel_runs.measure import main
+
+    main(__doc__.split("\n")[0])
