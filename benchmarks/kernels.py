@@ -7,11 +7,13 @@
 --write makes a table of decode times for `lwquant quantize --decode-times FILE`.
 
 Each candidate is checked against a float64 product before it is timed. Rounds are interleaved, and
-each call takes the next of a pool of weights larger than the last cache, as a model would. Bandwidth
-and int8 rate are probed between the rounds. A time is the best of the rounds, a roof the best that was
-seen beside it: roof_fraction is the larger of bytes / bandwidth and operations / int8 rate, over the time.
-A peer is compared at its own width: Q2_K with 2 bits, Q4_0 and Q4_K with 4; ratio is its time over
-ours. onnxruntime has our group size (128 for whole rows), torch's int4 the largest that fits.
+each call takes the next of a pool of weights larger than the last cache, as a model would.
+Bandwidth and int8 rate are probed between the rounds. A time is the best of the rounds, a roof the
+best that was seen beside it; roof_fraction is the larger of bytes / bandwidth and operations / int8
+rate, over the time. A peer is compared at its own width: Q2_K with 2 bits, Q4_0 and Q4_K with 4;
+ratio is its time over ours. onnxruntime has our group size (128 for whole rows), torch's int4 the
+largest that fits. Activations are those that quantizing would choose for most layers: 8 bits for
+weights of up to 4, else 16; --activation-bits says otherwise.
 """
 
 from __future__ import annotations

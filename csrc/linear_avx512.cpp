@@ -283,16 +283,22 @@ struct Panel {
   GroupParams of_group[ROWS];
 };
 
+// One span of a panel: where it is in the layer, and the sums of its group's inputs, by token, once
+// it is the group's last.
+struct PanelSpan {
+  int64_t span, n_vectors, first_token, n_tokens;
+  const float* group_sum;  // or null
+};
+
 // Adds what one span makes of TOKENS tokens to their totals.
 template <int ROWS, int TOKENS, int BYTES>
-INLINE void add_span(Panel<ROWS>& panel, const Activations& a, int64_t span, int64_t n_vectors,
-                     int64_t first, int64_t token) {
+INLINE void add_span(Panel<ROWS>& panel, const Activations& a, const PanelSpan& s, int64_t token) {
   constexpr int kBytes = BYTES * kQuad;
-  const int64_t at = span * a.n_tokens + first + token;
+  const int64_t at = s.span * a.n_tokens + s.first_token + token;
   const uint8_t* quads = a.quads + at * a.span_bytes;
   Sums<TOKENS, ROWS, BYTES> sums;
   sums.clear();
-  for (int64_t v = 0; v < n_vectors; ++v, quads += kBytes) {
+  for (int64_t v = 0; v < s.n_vectors; ++v, quads += kBytes) {
     __m512i codes[ROWS];
     for (int r = 0; r < ROWS; ++r) codes[r] = _mm512_load_si512(panel.codes[r] + v * kLine);
     for (int t = 0; t < TOKENS; ++t) {
@@ -308,24 +314,23 @@ INLINE void add_span(Panel<ROWS>& panel, const Activations& a, int64_t span, int
     for (int r = 0; r < ROWS; ++r) {
       float* totals = panel.totals[token + t][r];
       const __m512 both = _mm512_mul_ps(panel.of_group[r].scales, own);
-      const __m512 sum = _mm512_fmadd_ps(sums.total(r, t), both, _mm512_load_ps(totals));
-      _mm512_store_ps(totals, sum);
+      __m512 total = _mm512_fmadd_ps(sums.total(r, t), both, _mm512_load_ps(totals));
+      if (s.group_sum) {
+        const __m512 inputs = _mm512_set1_ps(s.group_sum[token + t]);
+        total = _mm512_fnmadd_ps(panel.of_group[r].below, inputs, total);
+      }
+      _mm512_store_ps(totals, total);
     }
   }
 }
 
 template <int ROWS, int BYTES>
-INLINE void add_span_of_all(Panel<ROWS>& panel, const Activations& a, int64_t span,
-                            int64_t n_vectors, int64_t first, int64_t n_tokens) {
+INLINE void add_span_of_all(Panel<ROWS>& panel, const Activations& a, const PanelSpan& s) {
   constexpr int kAtOnce = BYTES == 1 ? 8 : 4;  // 16 sums, each of which is added to in turn
   int64_t t = 0;
-  for (; t + kAtOnce <= n_tokens; t += kAtOnce) {
-    add_span<ROWS, kAtOnce, BYTES>(panel, a, span, n_vectors, first, t);
-  }
-  for (; t + 2 <= n_tokens; t += 2) {
-    add_span<ROWS, 2, BYTES>(panel, a, span, n_vectors, first, t);
-  }
-  if (t < n_tokens) add_span<ROWS, 1, BYTES>(panel, a, span, n_vectors, first, t);
+  for (; t + kAtOnce <= s.n_tokens; t += kAtOnce) add_span<ROWS, kAtOnce, BYTES>(panel, a, s, t);
+  for (; t + 2 <= s.n_tokens; t += 2) add_span<ROWS, 2, BYTES>(panel, a, s, t);
+  if (t < s.n_tokens) add_span<ROWS, 1, BYTES>(panel, a, s, t);
 }
 
 template <int BITS, int ROWS, int BYTES>
@@ -363,16 +368,11 @@ void multiply_many(const Tiles& w, const Activations& a, int64_t tile, const flo
           }
         }
         walk.blocks_left -= n_blocks;
-        add_span_of_all<ROWS, BYTES>(panel, a, walk.span, n_blocks * kBlockVectors, first,
-                                     n_tokens);
-      }
-      for (int64_t t = 0; t < n_tokens; ++t) {
-        const __m512 inputs = _mm512_set1_ps(a.group_sum[group * a.n_tokens + first + t]);
-        for (int r = 0; r < ROWS; ++r) {
-          float* totals = panel.totals[t][r];
-          const __m512 total = _mm512_load_ps(totals);
-          _mm512_store_ps(totals, _mm512_fnmadd_ps(panel.of_group[r].below, inputs, total));
-        }
+        const bool last = walk.span + 1 == stop;
+        const float* group_sum = a.group_sum + group * a.n_tokens + first;
+        add_span_of_all<ROWS, BYTES>(panel, a,
+                                     {walk.span, n_blocks * kBlockVectors, first, n_tokens,
+                                      last ? group_sum : nullptr});
       }
     }
     for (int64_t t = 0; t < n_tokens; ++t) {

@@ -84,6 +84,10 @@ def quantize(
     tie_fused: Annotated[
         bool, typer.Option(help="Same width for q/k/v and for gate/up, as vLLM needs.")
     ] = False,
+    activation_bits: Annotated[
+        int | None,
+        typer.Option(help="8 or 16: kernels hold inputs in so many; default: by the error."),
+    ] = None,
     unclipped_qk: Annotated[
         float | None,
         typer.Option(help="Share of q and k rows whose range is not clipped, e.g. 0.02."),
@@ -132,6 +136,7 @@ def quantize(
         seed=seed,
         tie_fused=tie_fused or None,
         effort=effort,
+        activation_bits=activation_bits,
         unclipped_qk=unclipped_qk,
         polish=polish,
         tune=tune,

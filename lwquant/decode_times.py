@@ -1,6 +1,6 @@
 """Measured times of single linears, from which the decode time of a plan is predicted.
 
-A table is written by benchmarks/matmul_speed.py on the machine that is to decode, and holds
+A table is written by benchmarks/kernels.py on the machine that is to decode, and holds
 microseconds of one linear for one token. Attention, norms, embeddings and head take the same time
 in every plan and are not in it.
 """
@@ -21,7 +21,8 @@ from lwquant.scheme import QuantScheme
 from lwquant.types import LinearSpec
 
 KIND, VERSION = "lwquant-decode-times", 1
-BENCHMARK = "benchmarks/matmul_speed.py"  # what writes a table
+BENCHMARK = "benchmarks/kernels.py"  # what writes a table
+ARGUMENTS = "--no-peers --tokens 1 --group-sizes 64"
 
 Shape = tuple[int, int]  # (out_features, in_features)
 
@@ -47,7 +48,7 @@ class DecodeTimes:
             wanted = ",".join(shape_label(shape) for shape in missing)
             raise PlanError(
                 f"{self.path} has no times for linears of {wanted}; measure them: "
-                f"python {BENCHMARK} --shapes {wanted} --write FILE"
+                f"python {BENCHMARK} {ARGUMENTS} --shapes {wanted} --write FILE"
             )
         labels = [scheme.label for scheme in schemes]
         for shape in sorted(set(shapes)):
@@ -56,7 +57,7 @@ class DecodeTimes:
                 raise PlanError(
                     f"{self.path} has no times for linears of {shape_label(shape)} in "
                     f"{', '.join(unknown)}: take its schemes ({', '.join(self.times[shape])}) "
-                    f"or measure again, with {BENCHMARK}'s --group-size and --scale-bits"
+                    f"or measure again, with {BENCHMARK}'s --group-sizes and --scale-bits"
                 )
         return np.array([[self.times[shape][label] for label in labels] for shape in shapes])
 

@@ -58,6 +58,7 @@ def quantize_with(
         guidance=guided,
         polish=rounding.polish,
         unclipped_qk=rounding.unclipped_qk,
+        activation_bits=rounding.activation_bits,
         progress=progress,
     )
 

@@ -29,7 +29,11 @@ class Inspection:
             "metric": dict(self.record.metric),
             "notes": list(self.record.notes),
             "linears": {
-                name: {**asdict(linear.scheme), "metric_cost": linear.cost}
+                name: {
+                    **asdict(linear.scheme),
+                    "metric_cost": linear.cost,
+                    "activation_bits": linear.activation_bits,
+                }
                 for name, linear in self.record.linears.items()
             },
         }

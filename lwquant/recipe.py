@@ -11,9 +11,10 @@ from typing import Any
 
 from lwquant.allocators import ALLOCATORS
 from lwquant.codebooks import CODE_BITS
-from lwquant.decode_times import BENCHMARK, DecodeTimes, read_decode_times
+from lwquant.decode_times import ARGUMENTS, BENCHMARK, DecodeTimes, read_decode_times
 from lwquant.errors import LwquantError
 from lwquant.methods import Method, base_of, look_up
+from lwquant.ops.activations import ACTIVATION_BITS
 from lwquant.quantizers import QUANTIZERS, Quantizer, without_descent
 from lwquant.rounding import Rounding, refuse_schemes, rounding_of, weighting_of
 from lwquant.scheme import FLOAT_BITS, WHOLE_ROW, WIDTHS, QuantScheme
@@ -49,6 +50,7 @@ class Recipe:
     more_group_sizes: tuple[int, ...] = ()  # each width is also in the menu with each of these
     symmetric: bool = False
     scale_bits: int = 8  # 16: scales as plain float16
+    activation_bits: int = 0  # 8 or 16 in kernels; 0: by the error it makes, activation_choice.py
     unclipped_qk: float = 0.0  # share of q and k rows with full range; see massive_channels.py
     codebook: str = ""  # nf4 or fp4: the values of 4-bit codes, in place of even steps
     row_bits: tuple[int, ...] = ()  # widths with one scale per row and no zeros; 8 is LLM.int8
@@ -77,6 +79,10 @@ class Recipe:
             raise LwquantError(f"sensitivity_samples={self.sensitivity_samples} must be positive")
         if not 0 <= self.unclipped_qk <= 1:
             raise LwquantError(f"unclipped_qk={self.unclipped_qk} must be in [0, 1]")
+        if self.activation_bits not in (0, *ACTIVATION_BITS):
+            raise LwquantError(
+                f"activation_bits={self.activation_bits} is not 8, 16, or 0 for what the error says"
+            )
         if self.expand > 1 and self.n_samples < 2:
             raise LwquantError(f"expand needs n_samples of at least 2, not {self.n_samples}")
         if self.expand >= self.seq_len:
@@ -97,8 +103,8 @@ class Recipe:
             if self.decode_times is None:
                 raise LwquantError(
                     f"max_decode_us={self.max_decode_us} needs decode_times, a file that "
-                    f"`python {BENCHMARK} --shapes OUTxIN,... --write FILE` measures on the "
-                    "machine that is to decode"
+                    f"`python {BENCHMARK} {ARGUMENTS} --shapes OUTxIN,... --write FILE` "
+                    "measures on the machine that is to decode"
                 )
         refuse_schemes(
             look_up("quantizer", QUANTIZERS, self.quantizer), self.polish, self.schemes()
@@ -160,6 +166,7 @@ class Recipe:
             guided=self.guided,
             polish=self.polish,
             unclipped_qk=self.unclipped_qk,
+            activation_bits=self.activation_bits,
         )
 
     def times(self) -> DecodeTimes | None:
@@ -232,7 +239,7 @@ def _recipe_of(settings: dict[str, Any], where: str) -> Recipe:
     except (TypeError, LwquantError) as error:
         raise LwquantError(f"recipe {where}: {error}") from error
     counts = ["n_samples", "seq_len", "seed", "held_out", "sensitivity_samples", "group_size"]
-    counts += ["scale_bits", "outliers", "expand", "guided", "polish", "tune"]
+    counts += ["activation_bits", "scale_bits", "outliers", "expand", "guided", "polish", "tune"]
     counts += ["remeasure", "pair_terms", "local_search"]
     for name in counts:
         if not isinstance(getattr(recipe, name), int):

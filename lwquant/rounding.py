@@ -28,6 +28,7 @@ class Rounding:
     guided: int = 0  # groups of rows with statistics of their own; 0: all tokens count the same
     polish: int = 0  # steps of learned rounding per block
     unclipped_qk: float = 0.0  # share of the rows of queries and keys that keep their full range
+    activation_bits: int = 0  # of kernels, 8 or 16; 0: whichever activation_choice.py finds
 
 
 def refuse_schemes(

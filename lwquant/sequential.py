@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lwquant.activation_choice import activation_bits, sample_of
 from lwquant.block_tuning import RoundedLinear, tune_block
 from lwquant.capture.record import catching_inputs
 from lwquant.capture.row_groups import RowGroupSums, results, row_groups
@@ -57,6 +58,7 @@ class _Walk:
     guidance: Mapping[str, Tensor] | None
     polish: int
     unclipped_qk: float
+    activation_bits: int
     progress: Progress
 
 
@@ -73,6 +75,7 @@ def quantize_blocks(
     guidance: Mapping[str, Tensor] | None = None,
     polish: int = 0,
     unclipped_qk: float = 0.0,
+    activation_bits: int = 0,
     progress: Progress = silent,
 ) -> Iterator[QuantizedLinearResult]:
     """Quantize every linear in forward order; yields those of a block when the block is done.
@@ -87,7 +90,8 @@ def quantize_blocks(
     rounded by itself; see guidance.py. `polish` steps of learned rounding bring each block's output
     closer to the float model's; see block_tuning.py. The share `unclipped_qk` of the rows of
     queries and keys, those of the largest outputs, keep their full range; the quantizer must know
-    how, and there can be no `guidance`.
+    how, and there can be no `guidance`. `activation_bits` is what kernels are to hold the linears'
+    inputs in, 0 what activation_choice.py finds.
     """
     check_roles(decoder.linears, unclipped_qk)
     records = records or ("inputs" if correction is None else "all")
@@ -102,6 +106,7 @@ def quantize_blocks(
         guidance,
         polish,
         unclipped_qk,
+        activation_bits,
         progress,
     )
     for index in range(decoder.n_blocks):
@@ -132,11 +137,14 @@ def _quantize_block(walk: _Walk, index: int, block: nn.Module) -> Iterator[Quant
     }
     ends = group_endings(block, modules, partial(decoder.run, index, block, few))
     done: dict[LinearSpec, Tensor | RoundedLinear] = {}
+    samples: dict[int, Tensor] = {}  # of the inputs of each group
     for group, members in groups.items():
         stats: Mapping[LinearSpec, list[LayerStats]] = {}
         if group in rounded:
             ending = ends.get(group)
-            stats = record_stats(walk, index, block, members, original, weights, replay, ending)
+            stats, samples[group] = record_stats(
+                walk, index, block, members, original, weights, replay, ending
+            )
         for spec in members:
             module = module_of(decoder, block, spec)
             if schemes[spec.name].is_float:
@@ -158,8 +166,14 @@ def _quantize_block(walk: _Walk, index: int, block: nn.Module) -> Iterator[Quant
         )
         replay = Replay()  # every weight may have changed, and so every input
     for spec, one in done.items():
-        rounded_to = one.start if isinstance(one, RoundedLinear) else one
-        yield QuantizedLinearResult(spec, learned.get(spec.name, rounded_to))
+        if isinstance(one, RoundedLinear):
+            final = learned.get(spec.name, one.start)
+            bits = walk.activation_bits or activation_bits(
+                samples[spec.input_group], one.target, final
+            )
+            yield QuantizedLinearResult(spec, replace(final, activation_bits=bits))
+        else:
+            yield QuantizedLinearResult(spec, one)
     for number, rows in enumerate(calibration_chunks(streams)):
         with replay.chunk(number):
             streams.quantized[rows] = decoder.run(index, block, streams.quantized[rows])
@@ -222,8 +236,10 @@ def record_stats(
     weights: Tensor | None,
     replay: Replay,
     ending: Ending | None,
-) -> dict[LinearSpec, list[LayerStats]]:
+) -> tuple[dict[LinearSpec, list[LayerStats]], Tensor]:
     """Statistics of the input that `members`, linears of the block as it is now, have in common.
+
+    With them some of the inputs as they are, (n, in_features).
 
     Args:
         original: the float model's block, where the drift from it is wanted; the members' inputs
@@ -238,12 +254,14 @@ def record_stats(
         float_inputs = original.inputs.pop(members[0].input_group, None)
         if len(members) == 1:  # shared inputs lead into a block, writers lead out of it
             residual = original.writers.get(decoder.local_name(members[0]))
-    sums, kept = _sums(walk, members, weights), []
+    sums, kept, sample = _sums(walk, members, weights), [], torch.empty(0)
     for number, rows in enumerate(calibration_chunks(streams)):
         entry = streams.quantized[rows]
         stop = residual != "output"
         with replay.chunk(number), catching_inputs({0: module}, stop=stop) as caught:
             output = decoder.run(index, block, entry)
+        if number == 0:
+            sample = sample_of(caught[0])
         if ending is not None:
             kept.append(caught[0])
         drift = None if float_inputs is None else float_inputs[number] - caught[0]
@@ -260,4 +278,4 @@ def record_stats(
             each.add(rows, caught[0], wanted, owed, first)
     if ending is not None:
         replay.add(ending, kept)
-    return results(sums)
+    return results(sums), sample

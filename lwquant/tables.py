@@ -185,9 +185,14 @@ def print_inspection(found: Inspection) -> None:
         print(decoding(record.decode_bytes, record.decode_us))
     table(
         f"cost by {record.metric.get('name')}",
-        ["linear", "scheme", "cost"],
+        ["linear", "scheme", "activations", "cost"],
         [
-            [name, entry.scheme.label, "" if entry.cost is None else f"{entry.cost:.3g}"]
+            [
+                name,
+                entry.scheme.label,
+                "" if entry.activation_bits is None else f"{entry.activation_bits} bits",
+                "" if entry.cost is None else f"{entry.cost:.3g}",
+            ]
             for name, entry in record.linears.items()
         ],
     )

@@ -79,6 +79,7 @@ class QuantizedWeight:
     zeros: Tensor  # (out_features, n_groups) uint8 as stored, in steps of scheme.zero_step
     notes: tuple[str, ...] = ()  # what the quantizer had to do out of the ordinary
     outliers: Outliers | None = None  # None where the scheme has none
+    activation_bits: int = 16  # that kernels hold its inputs in; see activation_choice.py
 
     @property
     def zero_points(self) -> Tensor:

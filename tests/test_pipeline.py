@@ -28,6 +28,7 @@ from lwquant.errors import (
 from lwquant.export.folder import verify
 from lwquant.held_out import measure_plan
 from lwquant.inspection import inspect_folder
+from lwquant.nn.linear import QuantizedLinear
 from lwquant.recipe import Recipe
 from lwquant.rounding import rounding_of
 from lwquant.scheme import QuantScheme
@@ -117,11 +118,40 @@ def test_the_kl_seen_while_quantizing_is_the_kl_of_the_saved_model(
     held_out = prepare_tokens(opened, replace(SMALL, sources=(calibration,))).held_out
     model = AutoModelForCausalLM.from_pretrained(made.folder)
     original = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    with torch.no_grad():
-        p = original(held_out).logits[:, :-1].log_softmax(-1)
-        q = model(held_out).logits[:, :-1].log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    assert kl == pytest.approx(made.held_out.kl_divergence, rel=1e-3)
+
+    def kl() -> float:
+        with torch.no_grad():
+            p = original(held_out).logits[:, :-1].log_softmax(-1)
+            q = model(held_out).logits[:, :-1].log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1).mean().item()
+
+    chosen = {
+        name: module.activation_bits
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    assert chosen == {
+        name: linear.activation_bits
+        for name, linear in inspect_folder(made.folder).linears.items()
+        if linear.activation_bits is not None
+    }
+    assert 8 in chosen.values()
+    with_eight = kl()
+    lwquant.set_activation_bits(model, 16)
+    assert kl() == pytest.approx(made.held_out.kl_divergence, rel=1e-3)
+    assert with_eight != kl() and with_eight == pytest.approx(kl(), rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_user_may_choose_the_width_of_activations(tiny_folder, calibration, tmp_path, bits):
+    made = quantized(tiny_folder, tmp_path / "out", calibration, bpw=4, activation_bits=bits)
+    model = AutoModelForCausalLM.from_pretrained(made.folder)
+    found = {m.activation_bits for m in model.modules() if isinstance(m, QuantizedLinear)}
+    assert found == {bits}
+    with pytest.raises(lwquant.LwquantError, match="activation_bits=4 is not 8, 16, or 0"):
+        quantized(tiny_folder, tmp_path / "no", calibration, bpw=4, activation_bits=4)
+    with pytest.raises(ValueError, match="activation bits 4 are not one of"):
+        lwquant.set_activation_bits(model, 4)
 
 
 def test_tuned_scales_are_saved_noted_and_bring_the_model_closer(
@@ -130,7 +160,7 @@ def test_tuned_scales_are_saved_noted_and_bring_the_model_closer(
     from lwquant.prepare import open_model, prepare_tokens
 
     settings = {"bits": (2, 3), "allocator": "uniform", "quantizer": "gptq", "tune": 48}
-    settings["fine_zeros"] = ()
+    settings |= {"fine_zeros": (), "activation_bits": 16}
     recipe = replace(SMALL, sources=(calibration,), **settings)
     tuned = quantized(tiny_folder, tmp_path / "out", calibration, bpw=2.8, recipe=recipe)
     assert "scales tuned together on 48 further windows" in inspect_notes(tuned.folder)
@@ -169,6 +199,7 @@ def test_learned_rounding_is_saved_noted_and_brings_the_model_closer(
         quantizer="gptq",
         n_samples=24,
         polish=60,
+        activation_bits=16,
     )
     learned = quantized(tiny_folder, tmp_path / "out", calibration, bpw=3.6, recipe=recipe)
     assert "rounding learned block by block, 60 steps each" in inspect_notes(learned.folder)

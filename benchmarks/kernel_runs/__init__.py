@@ -1,1 +1,1 @@
-"""What benchmarks/kernels.py times: lwquant's kernels and its peers', and what the machine can do."""
+"""What benchmarks/kernels.py times: lwquant's kernels, its peers', and what the machine can do."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import shlex
 import statistics
 import sys
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rows import HERE, commit, machine
 from torch import Tensor
 
 from kernel_runs import ours, torch_peers
@@ -25,7 +25,6 @@ from lwquant import ops
 from lwquant.decode_times import parse_shape, shape_label, write_decode_times
 from lwquant.recipe import Recipe
 from lwquant.scheme import SCALE_BITS, WHOLE_ROW, QuantScheme
-from rows import HERE, commit, machine
 
 WORK = HERE.parent / "demo" / "kernels"  # git-ignored: the peers' packages
 LARGE = ((4096, 4096), (4096, 11008), (11008, 4096))
@@ -34,14 +33,14 @@ QUICK_TOKENS, TOKENS = (1, 8), (1, 8, 32, 128, 512)
 QUICK_GROUPS, GROUPS = (64,), (32, 64, 128, WHOLE_ROW)
 WIDTHS = (2, 3, 4, 5, 6, 8)
 ROUNDS, MANY_TOKENS_ROUNDS = 21, 7
-STRETCH_BYTES = 64 * 2**20  # of weights read in one timed stretch, so that short calls are not noise
+STRETCH_BYTES = 64 * 2**20  # of weights read in one timed stretch, as a model would
 MANY_TOKENS = 32  # from here on a stretch is one call
 ROW = "row"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer of ours on some tokens; times are the best of the rounds, in microseconds a call."""
+    """One layer of ours on some tokens; times are microseconds a call, the best of the rounds."""
 
     shape: str  # outputs x inputs
     M: int  # tokens
@@ -95,9 +94,7 @@ def peers_of(shape: Shape, groups: Sequence[int], threads: int) -> dict[int, lis
     from kernel_runs import ggml_peer, onnxruntime_peer
 
     sizes = {group: 128 if group == WHOLE_ROW else group for group in groups}
-    made = {
-        size: onnxruntime_peer.candidates(shape, size, threads) for size in set(sizes.values())
-    }
+    made = {size: onnxruntime_peer.candidates(shape, size, threads) for size in set(sizes.values())}
     common = [*torch_peers.candidates(shape), *ggml_peer.candidates(shape, threads)]
     return {group: [*common, *made[size]] for group, size in sizes.items()}
 
@@ -241,7 +238,9 @@ def main(description: str) -> None:
         group: Recipe(bits=WIDTHS, group_size=group, scale_bits=arguments.scale_bits).schemes()
         for group in groups
     }
-    rows = measure(shapes, tokens, groups, schemes, rounds, not arguments.no_peers, arguments.activation_bits)
+    rows = measure(
+        shapes, tokens, groups, schemes, rounds, not arguments.no_peers, arguments.activation_bits
+    )
     about = {
         "cpu": machine(),
         "isa": ops.isa(),

@@ -54,9 +54,7 @@ def _dynamic_int8(shape: Shape) -> Candidate:
     dense = torch.randn(shape).clamp(-4, 4)
     quantized = torch.quantize_per_tensor(dense, 4 / 127, 0, torch.qint8)
     size = dense.numel()
-    pool = [
-        torch.ops.quantized.linear_prepack(quantized, None) for _ in range(pool_size(size))
-    ]
+    pool = [torch.ops.quantized.linear_prepack(quantized, None) for _ in range(pool_size(size))]
 
     def bind(x: Tensor) -> list[Call]:
         return [lambda w=w: torch.ops.quantized.linear_dynamic(x, w) for w in pool]  # type: ignore[misc]

@@ -77,7 +77,7 @@ class PackedModel:
         self.path = folder
         self.bpw: float | None = None
         if quantization.get("quant_method") == QUANT_METHOD:
-            self.bpw = parse_quantization_config(quantization)[1]
+            self.bpw = parse_quantization_config(quantization).bpw
         self.size_bytes = sum(file.stat().st_size for file in files)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)

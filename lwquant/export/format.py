@@ -1,4 +1,4 @@
-"""The on-disk format, version 3: tensor names and the `quantization_config` of config.json.
+"""The on-disk format, version 4: tensor names and the `quantization_config` of config.json.
 
 A quantized linear `name` is stored as
     name.qweight  int32    (out_features, row_words(in_features, bits))  codes, row by row
@@ -13,13 +13,16 @@ and where the scheme has outliers, n of them, as compressed rows
 and `name.bias` as it was. A linear left at 16 bits keeps `name.weight`. Names are module paths of
 the transformers model. No other file makes up these names. A linear with a `codebook` is stored as
 a symmetric one; what its codes stand for is in lwquant/codebooks.py, not in the file.
+
+`int8_activations` names the linears whose kernels may round inputs to 8 bits, see
+lwquant/activation_choice.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -39,28 +42,41 @@ from lwquant.scheme import FLOAT_BITS, QuantScheme, row_words
 from lwquant.types import QuantizedWeight
 
 QUANT_METHOD = "lwquant"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 _FLOAT = QuantScheme(FLOAT_BITS)
-_CONFIG_KEYS = {"quant_method", "version", "bpw", "linears"}
+_CONFIG_KEYS = {"quant_method", "version", "bpw", "linears", "int8_activations"}
 _LINEAR_KEYS = {entry.name for entry in fields(QuantScheme)}
 
 
-def quantization_config(schemes: Mapping[str, QuantScheme], bpw: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What config.json says about the quantization."""
+
+    schemes: Mapping[str, QuantScheme]  # of every linear
+    bpw: float  # stored bits per weight
+    int8_activations: frozenset[str]  # linears
+
+
+def quantization_config(
+    schemes: Mapping[str, QuantScheme], bpw: float, int8_activations: Collection[str] = ()
+) -> dict[str, Any]:
     """What config.json says about the quantization; `parse_quantization_config` reads it back."""
     return {
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
         "bpw": bpw,
         "linears": {name: asdict(scheme) for name, scheme in schemes.items()},
+        "int8_activations": sorted(int8_activations),
     }
 
 
-def parse_quantization_config(config: Mapping[str, Any]) -> tuple[dict[str, QuantScheme], float]:
-    """The scheme of every linear, and the stored bits per weight.
+def parse_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig:
+    """The inverse of `quantization_config`.
 
-    Raises CheckpointError for another method or version, for keys that are missing or unknown, and
-    for widths or group sizes that no scheme has.
+    Raises CheckpointError for another method or version, for keys that are missing or unknown, for
+    widths or group sizes that no scheme has, and for int8 activations of linears that are not
+    quantized.
     """
     if config.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
@@ -79,7 +95,10 @@ def parse_quantization_config(config: Mapping[str, Any]) -> tuple[dict[str, Quan
         raise CheckpointError(f"quantization_config: bpw={bpw!r} is not a positive number")
     if not isinstance(linears, Mapping) or not linears:
         raise CheckpointError("quantization_config: linears names no linear")
-    return {name: _parse_linear(name, entry) for name, entry in linears.items()}, float(bpw)
+    schemes = {name: _parse_linear(name, entry) for name, entry in linears.items()}
+    return QuantizationConfig(
+        schemes, float(bpw), _parse_int8_activations(config["int8_activations"], schemes)
+    )
 
 
 def tensors_of(name: str, quantized: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
@@ -142,6 +161,16 @@ def _parse_linear(name: str, entry: Any) -> QuantScheme:
     if scheme.codebook and not entry["symmetric"]:
         raise CheckpointError(f"{where}: a codebook has no zeros, so symmetric must be true")
     return scheme
+
+
+def _parse_int8_activations(names: Any, schemes: Mapping[str, QuantScheme]) -> frozenset[str]:
+    where = "quantization_config: int8_activations"
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{where} is not a list of names")
+    for name in names:
+        if name not in schemes or schemes[name].is_float:
+            raise CheckpointError(f"{where} names {name!r}, which is no quantized linear")
+    return frozenset(names)
 
 
 def _check_keys(where: str, found: Mapping[str, Any], known: set[str]) -> None:

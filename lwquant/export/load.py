@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,26 @@ class LwquantConfig(QuantizationConfigMixin):
 
     quant_method: Any = QUANT_METHOD
 
-    def __init__(self, schemes: Mapping[str, QuantScheme], bpw: float) -> None:
+    def __init__(
+        self,
+        schemes: Mapping[str, QuantScheme],
+        bpw: float,
+        int8_activations: Collection[str] = (),
+    ) -> None:
         self.schemes = dict(schemes)
         self.bpw = bpw
+        self.int8_activations = frozenset(int8_activations)
 
     @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        config = cls(*parse_quantization_config(config_dict))
+        parsed = parse_quantization_config(config_dict)
+        config = cls(parsed.schemes, parsed.bpw, parsed.int8_activations)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return quantization_config(self.schemes, self.bpw)
+        return quantization_config(self.schemes, self.bpw, self.int8_activations)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
@@ -75,7 +82,7 @@ class LwquantQuantizer(HfQuantizer):
         packed: dict[str, Layout] = {}
         for name, scheme in schemes.items():
             packed |= layout_of(name, *features_of(find_linear(model, name)), scheme)
-        replace_linears(model, schemes)
+        replace_linears(model, schemes, self.quantization_config.int8_activations)
         _skip_initialization(model)
 
         entries: dict[str, TensorEntry] = {}

@@ -38,6 +38,7 @@ class LinearRecord:
 
     scheme: QuantScheme
     cost: float | None = None
+    activation_bits: int | None = None  # None where the linear was left at 16 bits
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,11 @@ class RunRecord:
     def to_json(self) -> str:
         """The text of lwquant.json; OutputError where a number is NaN or infinite."""
         linears = {
-            name: {**asdict(linear.scheme), "cost": linear.cost}
+            name: {
+                **asdict(linear.scheme),
+                "cost": linear.cost,
+                "activation_bits": linear.activation_bits,
+            }
             for name, linear in self.linears.items()
         }
         return _dump({**asdict(self), "linears": linears}, RUN_FILE)
@@ -78,7 +83,11 @@ class RunRecord:
         """Read what `to_json` wrote; OutputError names `where` and the first bad key."""
         keys = _Keys(_load(text, where), where)
         linears = {
-            name: LinearRecord(entry.read(QuantScheme.from_fields), entry.optional("cost", _number))
+            name: LinearRecord(
+                entry.read(QuantScheme.from_fields),
+                entry.optional("cost", _number),
+                entry.optional("activation_bits", _integer),
+            )
             for name, entry in keys.children("linears")
         }
         return cls(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lwquant import ops
+from lwquant.ops.activations import ACTIVATION_BITS
 from lwquant.ops.codebook import dequantize_codebook, linear_codebook
 from lwquant.ops.outliers import check_outliers, column_dtype, decode_columns, encode_columns
 from lwquant.ops.scale_bytes import encode_scales
@@ -61,7 +62,11 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         activation_bits: int = 16,
     ) -> None:
-        """An empty layer to load into; `dtype` is that of the bias."""
+        """An empty layer to load into; `dtype` is that of the bias.
+
+        `activation_bits` is what the kernels round inputs to, 8 or 16, see activation_choice.py;
+        it may be changed at any time.
+        """
         super().__init__()
         if scheme.is_float:
             raise ValueError(f"scheme {scheme.label} is not a packed one")
@@ -95,7 +100,9 @@ class QuantizedLinear(nn.Module):
         scheme = quantized.scheme
         out_features, in_features = quantized.codes.shape
         _check_symmetric_zeros(quantized)
-        layer = cls(in_features, out_features, scheme, bias=False)
+        layer = cls(
+            in_features, out_features, scheme, False, activation_bits=quantized.activation_bits
+        )
         layer.qweight = ops.pack(quantized.codes, scheme.bits)
         layer.scales = stored_scales(quantized).detach().clone()
         if not scheme.symmetric:
@@ -196,7 +203,8 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features},"
-            f" scheme={self.scheme.label}, bias={self.bias is not None}"
+            f" scheme={self.scheme.label}, activations={self.activation_bits}b,"
+            f" bias={self.bias is not None}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -238,6 +246,19 @@ class QuantizedLinear(nn.Module):
             if isinstance(given, Tensor) and given.dtype != dtype:
                 raise ValueError(f"{prefix}{name} is {given.dtype}, expected {dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def set_activation_bits(model: nn.Module, bits: int) -> None:
+    """Let the kernels of all quantized linears hold their inputs in 8 or 16 bits from now on.
+
+    What was chosen when the model was quantized is in lwquant/activation_choice.py. ValueError for
+    other bits.
+    """
+    if bits not in ACTIVATION_BITS:
+        raise ValueError(f"activation bits {bits} are not one of {ACTIVATION_BITS}")
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.activation_bits = bits
 
 
 def scale_dtype(scheme: QuantScheme) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +24,9 @@ def find_linear(model: nn.Module, name: str) -> nn.Linear | Conv1D:
     return module
 
 
-def replace_linears(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> None:
+def replace_linears(
+    model: nn.Module, schemes: Mapping[str, QuantScheme], int8_activations: Collection[str] = ()
+) -> None:
     """Put an empty QuantizedLinear in place of every linear whose scheme is not 16 bits.
 
     The new module has the device of the old one, and its dtype for the bias. Raises
@@ -46,6 +48,7 @@ def replace_linears(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> Non
             bias=old.bias is not None,
             device=old.weight.device,
             dtype=old.weight.dtype,
+            activation_bits=8 if name in int8_activations else 16,
         )
         new.train(old.training)
         parent, _, leaf = name.rpartition(".")

@@ -38,8 +38,8 @@ def _chunk(size: int) -> Tensor:
     """A whole number of huge pages, at least `size` bytes, starting on one."""
     n_pages = -(-size // HUGE_PAGE)
     # Private: shared memory, which is Python's default, has huge pages on few machines only.
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    memory = mmap.mmap(-1, (n_pages + 1) * HUGE_PAGE, **private)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, (n_pages + 1) * HUGE_PAGE, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory

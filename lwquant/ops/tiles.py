@@ -105,9 +105,7 @@ def _linear(
     wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
     y = None
     if not native.panels_are_faster(len(tokens)):
-        y = native.linear_native(
-            tokens, tiles, wide_bias, out_features, outliers, activation_bits
-        )
+        y = native.linear_native(tokens, tiles, wide_bias, out_features, outliers, activation_bits)
     if y is None:  # or NaN or infinity among the inputs, which integers cannot hold
         y = native.tiled_panels(tokens, tiles, wide_bias, out_features, outliers)
     y = y if flat else y.view(*x.shape[:-1], out_features)

@@ -86,6 +86,7 @@ def test_the_json_has_the_keys_of_the_contract():
         "fine_zeros": False,
         "outliers": 0,
         "cost": 0.5,
+        "activation_bits": None,
     }
     wanted = "lwquant base_model command seed calibration metric allocator quantizer correction"
     assert set(f"{wanted} budget bpw size_bytes original_size_bytes linears notes".split()) <= set(

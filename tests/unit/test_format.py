@@ -11,6 +11,7 @@ import torch
 from lwquant.codebooks import CODEBOOKS
 from lwquant.errors import CheckpointError
 from lwquant.export.format import (
+    QuantizationConfig,
     layout_of,
     parse_quantization_config,
     quantization_config,
@@ -68,13 +69,32 @@ def random_outliers(scheme: QuantScheme, out_features: int, in_features: int) ->
 
 def test_the_config_survives_json_and_parsing():
     config = json.loads(json.dumps(quantization_config(SCHEMES, 3.625)))
-    assert parse_quantization_config(config) == (SCHEMES, 3.625)
+    assert parse_quantization_config(config) == QuantizationConfig(SCHEMES, 3.625, frozenset())
+    narrow = {"model.layers.0.up_proj", "model.layers.0.q_proj"}
+    config = json.loads(json.dumps(quantization_config(SCHEMES, 3.625, narrow)))
+    assert parse_quantization_config(config).int8_activations == narrow
 
 
-def test_the_config_is_spelled_as_version_3():
-    assert quantization_config(SCHEMES, 3.5) == {
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("model.layers.0.q_proj", "is not a list of names"),
+        ([3], "is not a list of names"),
+        (["model.layers.0.up"], "names 'model.layers.0.up', which is no quantized linear"),
+        (["model.layers.0.v_proj"], "names 'model.layers.0.v_proj', which is no quantized linear"),
+    ],
+)
+def test_int8_activations_of_what_is_not_quantized_are_refused(names, message):
+    config = quantization_config(SCHEMES, 3.5) | {"int8_activations": names}
+    with pytest.raises(CheckpointError, match=message):
+        parse_quantization_config(config)
+
+
+def test_the_config_is_spelled_as_version_4():
+    assert quantization_config(SCHEMES, 3.5, {"b", "a"}) == {
         "quant_method": "lwquant",
-        "version": 3,
+        "version": 4,
+        "int8_activations": ["a", "b"],
         "bpw": 3.5,
         "linears": {
             "model.layers.0.q_proj": entry(3, 64, False, 16),
@@ -92,9 +112,9 @@ def test_the_config_is_spelled_as_version_3():
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method='gptq' is not 'lwquant'"),
-        ({"version": 2}, "version=2 is not 3"),
-        ({"version": True}, "version=True is not 3"),
-        ({"version": "3"}, "version='3' is not 3"),
+        ({"version": 2}, "version=2 is not 4"),
+        ({"version": True}, "version=True is not 4"),
+        ({"version": "4"}, "version='4' is not 4"),
         ({"desc_act": True}, "unknown keys: desc_act"),
         ({"bpw": "3.5"}, "bpw='3.5' is not a positive number"),
         ({"bpw": float("nan")}, "bpw=nan is not a positive number"),
@@ -103,12 +123,12 @@ def test_the_config_is_spelled_as_version_3():
         ({"linears": []}, "linears names no linear"),
     ],
 )
-def test_a_config_that_is_not_version_3_is_refused(change, message):
+def test_a_config_that_is_not_version_4_is_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
         parse_quantization_config(quantization_config(SCHEMES, 3.5) | change)
 
 
-@pytest.mark.parametrize("key", ["quant_method", "version", "bpw", "linears"])
+@pytest.mark.parametrize("key", ["quant_method", "version", "bpw", "linears", "int8_activations"])
 def test_a_config_that_lacks_a_key_is_refused_by_its_name(key):
     config = quantization_config(SCHEMES, 3.5)
     del config[key]

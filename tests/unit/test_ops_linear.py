@@ -2,7 +2,8 @@
 
 The bound. One output is Σ_groups scale · Σ (code − zero) · x.
 - The integer kernels hold x as 16-bit integers, in steps of max|x| / 32639 of its group (or of a
-  part of it): half a step each, and 1 % of a step for the float32 arithmetic that finds it.
+  part of it), or as 8-bit ones in steps of max|x| / 127: half a step each, and 1 % of a step for
+  the float32 arithmetic that finds it.
 - Everything else is float32: relative 2⁻²⁴ per addition on sums of (code + zero) · |x| · scale,
   because the kernels subtract the zeros' part; at most in_features / 8 + 2 n_groups + 16 additions
   follow one another.
@@ -11,6 +12,7 @@ The bound. One output is Σ_groups scale · Σ (code − zero) · x.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -18,13 +20,14 @@ from torch import Tensor
 
 from lwquant import ops
 from lwquant.errors import LwquantError
+from lwquant.ops.activations import rounded_activations
 from lwquant.ops.outliers import encode_columns
 from lwquant.ops.reference import dequantize_reference, linear_reference
 from lwquant.ops.scale_bytes import decode_scales
 from lwquant.scheme import WIDTHS, QuantScheme
 from lwquant.types import Outliers
 
-STEP = 1 / 32639
+STEP = {8: 1 / 127, 16: 1 / 32639}
 MANY_TOKENS = 32
 TINIEST = 2.0**-100  # groups of smaller activations are resolved as if this were their largest
 
@@ -88,17 +91,18 @@ class Layer:
             return None
         return ops.make_tiles(self.scheme, in_features, *self.stored)
 
-    def linear(self, x: Tensor, *outliers: Tensor) -> Tensor:
+    def linear(self, x: Tensor, *outliers: Tensor, activation_bits: int = 16) -> Tensor:
         """By the fastest way there is."""
         tiles = self.tiles
         if tiles is None:
             return self.plain_linear(x, *outliers)
-        return ops.linear_tiled(x, tiles, self.bias, len(self.codes), *outliers)
+        n = len(self.codes)
+        return ops.linear_tiled(x, tiles, self.bias, n, *outliers, activation_bits=activation_bits)
 
     def plain_linear(self, x: Tensor, *outliers: Tensor) -> Tensor:
         return ops.linear(x, *self.stored, self.bias, self.bits, self.group_size, *outliers)
 
-    def oracle(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def oracle(self, x: Tensor, activation_bits: int = 16) -> tuple[Tensor, Tensor]:
         """Results and how far from them a kernel may be, both (tokens, out) float64."""
         x, group = x.double(), self.group
         n_groups = int(group[-1]) + 1
@@ -109,7 +113,7 @@ class Layer:
         if self.bias is not None:
             exact += self.bias.double()
         largest = [x[:, group == g].abs().amax(1).clamp(min=TINIEST) for g in range(n_groups)]
-        half_step = 0.51 * STEP * torch.stack(largest, 1)[:, group]
+        half_step = 0.51 * STEP[activation_bits] * torch.stack(largest, 1)[:, group]
         error = half_step @ ((codes - zeros) * scales).abs().T
         additions = x.shape[1] / 8 + 2 * n_groups + 16
         error += additions * 2**-24 * (x.abs() @ ((codes + zeros) * scales.abs()).T + exact.abs())
@@ -148,18 +152,21 @@ def random_inputs(n_tokens: int, in_features: int, seed: int = 1) -> Tensor:
 
 
 def assert_within_bound(layer: Layer, x: Tensor, token_counts: tuple[int, ...] = ()) -> None:
-    """For all of x, and for its first few tokens alone."""
-    exact, error = layer.oracle(x)
-    rounding = torch.finfo(x.dtype)
-    error = error + exact.abs() * rounding.eps / 2 + rounding.smallest_normal * rounding.eps
-    runs = [(layer.linear, n) for n in (*token_counts, x.shape[0])]
-    for run, n in [*runs, (layer.plain_linear, x.shape[0])]:
-        got = run(x[:n])
-        assert got.dtype == x.dtype
-        worst = ((got.double() - exact[:n]).abs() / error[:n]).max().item()
-        assert worst <= 1, f"{worst:.3g} times the bound with {n} tokens"
+    """For all of x, and for its first few tokens alone, at both widths of activations."""
+    for bits in (8, 16):
+        exact, error = layer.oracle(x, bits)
+        rounding = torch.finfo(x.dtype)
+        error = error + exact.abs() * rounding.eps / 2 + rounding.smallest_normal * rounding.eps
+        run = partial(layer.linear, activation_bits=bits)
+        runs = [(run, n) for n in (*token_counts, x.shape[0])]
+        for run, n in [*runs, (layer.plain_linear, x.shape[0])]:
+            got = run(x[:n])
+            assert got.dtype == x.dtype
+            worst = ((got.double() - exact[:n]).abs() / error[:n]).max().item()
+            assert worst <= 1, f"{worst:.3g} times the bound with {n} tokens of {bits} bits"
 
 
+TOKENS_OF_EVERY_PATH = (1, 2, 3, 4, 5, 8, 11)
 SHAPES = [(33, 1000), (7, 65), (64, 576), (1, 1), (40, 256)]
 
 
@@ -170,6 +177,35 @@ def test_the_matmul_is_within_its_bound(isa, bits, group_size, zeros):
     for out_features, in_features in SHAPES:
         layer = random_layer(out_features, in_features, bits, group_size, bias=True, **zeros)
         assert_within_bound(layer, random_inputs(7, in_features), token_counts=(1, 3))
+
+
+@pytest.mark.skipif(not ops.compiled(), reason="plain torch does not round activations")
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("group_size", [32, 64, 96, 256, 10_000])
+def test_activations_are_rounded_span_by_span_and_nothing_else_is_lost(
+    isa, group_size, activation_bits
+):
+    for bits in WIDTHS:
+        layer = random_layer(70, 1000, bits, group_size, bias=True)
+        x = random_inputs(max(TOKENS_OF_EVERY_PATH), 1000)
+        x[:, 40], x[0, :64] = 50.0, 0.0
+        rounded = rounded_activations(x, activation_bits, group_size)
+        error = (rounded - x).abs().max()
+        assert 0.3 < error * 2 / (50 * STEP[activation_bits]) <= 1.01
+        exact, _ = layer.oracle(rounded)
+        for n in TOKENS_OF_EVERY_PATH:
+            got = layer.linear(x[:n], activation_bits=activation_bits)
+            assert (got - exact[:n]).abs().max() < 2e-5 * exact.abs().max()
+
+
+def test_the_spans_of_rounded_activations_have_scales_of_their_own():
+    x = torch.tensor([100.0, 0.1] + [0.0] * 31 + [0.1, 0.03] + [0.0] * 7)
+    eight = rounded_activations(x, 8, 32)
+    assert eight[0] == 100.0 and eight[1] == 0.0  # lost beside the massive one
+    assert eight[33] == pytest.approx(0.1, rel=1e-6)
+    assert eight[34] == pytest.approx(38 * 0.1 / 127, rel=1e-6)  # 38.1 steps
+    assert rounded_activations(x, 16, 32)[1] == pytest.approx(0.1, rel=0.02)
+    assert torch.equal(rounded_activations(torch.zeros(3, 40), 8, 32), torch.zeros(3, 40))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

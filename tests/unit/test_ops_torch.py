@@ -62,6 +62,12 @@ def test_the_operators_on_tiles_keep_theirs(dtype):
     x, bias = torch.randn(2, 3, 40, dtype=dtype), torch.randn(8)
     torch.library.opcheck(torch.ops.lwquant.dequantize_tiled, (tiles, 8, 40))
     torch.library.opcheck(torch.ops.lwquant.linear_tiled, (x, tiles, bias, 8))
+    wanted = torch.ops.lwquant.linear_tiled(x, tiles, bias, 8)
+    narrow = (x, tiles, bias, 8, None, None, None, 8)
+    torch.library.opcheck(torch.ops.lwquant.linear_tiled, narrow)
+    assert not torch.ops.lwquant.linear_tiled(*narrow).equal(wanted)
+    with pytest.raises(ValueError, match="activation_bits=4 is not 8 or 16"):
+        torch.ops.lwquant.linear_tiled(*narrow[:-1], 4)
     x.requires_grad_(), bias.requires_grad_()
     torch.library.opcheck(torch.ops.lwquant.linear_tiled, (x, tiles, bias, 8))
 

@@ -257,7 +257,8 @@ def test_the_stored_bytes_are_those_the_scheme_promises():
 def test_it_says_what_it_is():
     layer = QuantizedLinear(100, 24, QuantScheme(3, 64), bias=False)
     assert repr(layer) == (
-        "QuantizedLinear(in_features=100, out_features=24, scheme=3b-g64, bias=False)"
+        "QuantizedLinear(in_features=100, out_features=24, scheme=3b-g64, activations=16b,"
+        " bias=False)"
     )
 
 
