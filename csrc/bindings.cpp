@@ -16,9 +16,11 @@ using Address = uintptr_t;  // of the first element of a contiguous CPU tensor; 
 namespace lwquant {
 namespace {
 
-void require(bool holds, const std::string& message) {
+void require(bool holds, const char* message) {  // makes no string unless it is wanted
   if (!holds) throw std::invalid_argument(message);
 }
+
+void require(bool holds, const std::string& message) { require(holds, message.c_str()); }
 
 void require_size(const char* name, int64_t size, int64_t expected) {
   require(size == expected, std::string(name) + " has " + std::to_string(size) + ", expected " +
@@ -141,22 +143,36 @@ void bind_unmake_tiles(Address data, int64_t size, int64_t out_features, int64_t
                pointer<uint8_t>(scales), pointer<uint8_t>(zeros));
 }
 
-bool bind_linear(Address x, int64_t n_tokens, int64_t in_features, Address data, int64_t size,
-                 int64_t out_features, Address bias, Address outlier_values,
-                 Address outlier_columns, bool wide_columns, Address outlier_rows,
-                 int64_t n_outliers, int64_t activation_bits, int64_t n_threads, Address y) {
-  const Tiles tiles = require_tiles(data, size, out_features, in_features);
-  const Outliers outliers =
-      make_outliers({outlier_values, outlier_columns, wide_columns, outlier_rows, n_outliers},
-                    out_features, in_features);
-  require(n_tokens >= 0 && n_threads >= 1, "negative tokens or no threads");
-  require(activation_bits == 8 || activation_bits == 16,
-          "activation_bits=" + std::to_string(activation_bits) + " is not 8 or 16");
-  if (n_tokens == 0) return true;
-  require(x && y, "no address for x or y");
-  return linear(tiles, outliers, pointer<const float>(bias), pointer<const float>(x), n_tokens,
-                static_cast<int>(activation_bits), static_cast<int>(n_threads), pointer<float>(y));
-}
+// One layer whose sizes have been checked, for calls that have no time to do it again.
+class TiledLinear {
+ public:
+  TiledLinear(Address data, int64_t size, int64_t out_features, int64_t in_features,
+              Address outlier_values, Address outlier_columns, bool wide_columns,
+              Address outlier_rows, int64_t n_outliers)
+      : tiles_(require_tiles(data, size, out_features, in_features)),
+        outliers_(make_outliers(
+            {outlier_values, outlier_columns, wide_columns, outlier_rows, n_outliers},
+            out_features, in_features)) {}
+
+  bool run(Address x, int64_t n_tokens, Address bias, int64_t activation_bits, int64_t n_threads,
+           Address y) const {
+    require(n_tokens >= 0 && n_threads >= 1, "negative tokens or no threads");
+    // The words of a message are put together only where it is wanted: this is the short path.
+    if (activation_bits != 8 && activation_bits != 16) {
+      throw std::invalid_argument("activation_bits=" + std::to_string(activation_bits) +
+                                  " is not 8 or 16");
+    }
+    if (n_tokens == 0) return true;
+    require(x && y, "no address for x or y");
+    return linear(tiles_, outliers_, pointer<const float>(bias), pointer<const float>(x), n_tokens,
+                  static_cast<int>(activation_bits), static_cast<int>(n_threads),
+                  pointer<float>(y));
+  }
+
+ private:
+  Tiles tiles_;
+  Outliers outliers_;
+};
 
 void bind_dequantize_tiles(Address data, int64_t size, int64_t out_features, int64_t in_features,
                            Address outlier_values, Address outlier_columns, bool wide_columns,
@@ -271,7 +287,9 @@ void set_isa(const std::string& name) {
 NB_MODULE(_kernels, m) {
   using namespace lwquant;
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
-  m.def("linear", bind_linear, Unlocked());
+  nb::class_<TiledLinear>(m, "TiledLinear")
+      .def(nb::init<Address, int64_t, int64_t, int64_t, Address, Address, bool, Address, int64_t>())
+      .def("run", &TiledLinear::run, Unlocked());
   m.def("tiles_size", bind_tiles_size);
   m.def("make_tiles", bind_make_tiles, Unlocked());
   m.def("unmake_tiles", bind_unmake_tiles, Unlocked());

@@ -233,6 +233,7 @@ def main(description: str) -> None:
         make_importable(WORK)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    torch.set_grad_enabled(False)
     ops.set_isa(arguments.isa)
     schemes = {  # with the zeros and scales of the default menu
         group: Recipe(bits=WIDTHS, group_size=group, scale_bits=arguments.scale_bits).schemes()

@@ -30,17 +30,15 @@ def candidate(shape: Shape, scheme: QuantScheme, activation_bits: int) -> Candid
     for _ in range(pool_size(n_bytes) - 1):
         pool.append(empty_bytes(n_bytes).copy_(first))
 
+    kernels = [ops.TiledLinear(t, out_features, in_features, NO_OUTLIERS) for t in pool]
+
     def bind(x: Tensor) -> list[Call]:
-        return [partial(_call, x, tiles, out_features, activation_bits) for tiles in pool]
+        return [partial(kernel, x, None, activation_bits) for kernel in kernels]
 
     dense = ops.dequantize_tiled(first, out_features, in_features)
     name = f"{scheme.label}-a{activation_bits}"
     tolerance = TOLERANCE[activation_bits]
     return Candidate(name, scheme.bits, n_bytes, bind, dense, tolerance, activation_bits)
-
-
-def _call(x: Tensor, tiles: Tensor, out_features: int, activation_bits: int) -> Tensor:
-    return ops.call_linear(x, tiles, None, out_features, NO_OUTLIERS, activation_bits)
 
 
 def _random_tiles(shape: Shape, scheme: QuantScheme) -> Tensor:

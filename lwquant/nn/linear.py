@@ -83,7 +83,7 @@ class QuantizedLinear(nn.Module):
         zero_dtype, zero_width = zero_layout(scheme, out_features)
         zeros = torch.zeros(n_groups, zero_width, dtype=zero_dtype, device=device)
         # While it is set it stands for qweight, scales and zeros.
-        self._tiles: Tensor | None = None
+        self._kernel: ops.TiledLinear | None = None
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", None if scheme.symmetric else zeros)
@@ -115,16 +115,14 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features), in the dtype of x, computed in float32."""
+        kernel = self._kernel
+        if kernel is None and not torch.compiler.is_compiling():
+            kernel = self.prepare()
+        if kernel is not None:  # whose own bias is found without a search through all attributes
+            return kernel(x, self._parameters.get("bias"), self.activation_bits)
         codebook, group_size = self.scheme.codebook, self.scheme.group_size
         if codebook:
             return linear_codebook(x, self.qweight, self.scales, self.bias, codebook, group_size)
-        tiles = self._tiles
-        if tiles is None and not torch.compiler.is_compiling():
-            tiles = self.prepare()
-        if tiles is not None:
-            return ops.call_linear(
-                x, tiles, self.bias, self.out_features, self._outliers, self.activation_bits
-            )
         y: Tensor = torch.ops.lwquant.linear(
             x,
             self.qweight,
@@ -137,41 +135,44 @@ class QuantizedLinear(nn.Module):
         )
         return y
 
-    def prepare(self) -> Tensor | None:
+    def prepare(self) -> ops.TiledLinear | None:
         """Lay the weight out for the CPU kernels, in place of qweight, scales and zeros.
 
         Loading a model does it, and the first call of a layer that was made otherwise or moved,
-        but not while torch.compile traces it. Returns the tiles, see lwquant/ops/tiles.py; None
-        where no kernel takes the layer: on another device, with a codebook, and in groups that are
-        neither a multiple of 32 nor a whole row.
+        but not while torch.compile traces it. Returns what runs them, see lwquant/ops/tiles.py;
+        None where no kernel takes the layer: on another device, with a codebook, and in groups that
+        are neither a multiple of 32 nor a whole row.
         """
         with _LAYOUT:
-            if self._tiles is not None or not self.qweight.is_cpu:
-                return self._tiles
+            if self._kernel is not None or not self.qweight.is_cpu:
+                return self._kernel
             if not ops.tiles_bytes(self.scheme, self.out_features, self.in_features):
                 return None
             stored = self.qweight, self.scales, self.zeros
-            self._tiles = ops.make_tiles(self.scheme, self.in_features, *stored)
+            tiles = ops.make_tiles(self.scheme, self.in_features, *stored)
+            kernel = ops.TiledLinear(tiles, self.out_features, self.in_features, self._outliers)
             for name in ("qweight", "scales", "zeros"):
                 self._buffers[name] = None
-            return self._tiles
+            self._kernel = kernel
+            return kernel
 
     def restore(self) -> None:
         """Undo prepare()."""
         with _LAYOUT:
-            if self._tiles is None:
+            if self._kernel is None:
                 return
-            stored = ops.unmake_tiles(self._tiles, self.scheme, self.out_features, self.in_features)
+            tiles = self._kernel.tiles
+            stored = ops.unmake_tiles(tiles, self.scheme, self.out_features, self.in_features)
             for name, tensor in zip(("qweight", "scales", "zeros"), stored, strict=True):
                 self._buffers[name] = tensor
-            self._tiles = None
+            self._kernel = None
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features) float32."""
         codebook, group_size = self.scheme.codebook, self.scheme.group_size
-        if self._tiles is not None:
+        if self._kernel is not None:
             tiled: Tensor = torch.ops.lwquant.dequantize_tiled(
-                self._tiles, self.out_features, self.in_features, *self._outliers
+                self._kernel.tiles, self.out_features, self.in_features, *self._outliers
             )
             return tiled
         if codebook:

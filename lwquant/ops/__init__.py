@@ -9,7 +9,7 @@ import lwquant.ops.gradient  # noqa: F401  (registers the backward of linear)
 from lwquant.ops.native import UncompiledWarning, available_isas, compiled, isa, set_isa
 from lwquant.ops.schema import dequantize, linear, pack, unpack
 from lwquant.ops.tiles import (
-    call_linear,
+    TiledLinear,
     dequantize_tiled,
     linear_tiled,
     make_tiles,
@@ -18,9 +18,9 @@ from lwquant.ops.tiles import (
 )
 
 __all__ = [
+    "TiledLinear",
     "UncompiledWarning",
     "available_isas",
-    "call_linear",
     "compiled",
     "dequantize",
     "dequantize_tiled",

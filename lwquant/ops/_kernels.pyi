@@ -1,23 +1,23 @@
 # The compiled module (csrc/bindings.cpp): addresses of contiguous CPU tensors, and their sizes.
 
-def linear(
-    x: int,
-    n_tokens: int,
-    in_features: int,
-    tiles: int,
-    size: int,
-    out_features: int,
-    bias: int,
-    outlier_values: int,
-    outlier_columns: int,
-    wide_columns: bool,
-    outlier_rows: int,
-    n_outliers: int,
-    activation_bits: int,
-    n_threads: int,
-    y: int,
-    /,
-) -> bool: ...
+class TiledLinear:
+    def __init__(
+        self,
+        tiles: int,
+        size: int,
+        out_features: int,
+        in_features: int,
+        outlier_values: int,
+        outlier_columns: int,
+        wide_columns: bool,
+        outlier_rows: int,
+        n_outliers: int,
+        /,
+    ) -> None: ...
+    def run(
+        self, x: int, n_tokens: int, bias: int, activation_bits: int, n_threads: int, y: int, /
+    ) -> bool: ...
+
 def tiles_size(
     out_features: int,
     in_features: int,

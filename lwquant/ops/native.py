@@ -167,37 +167,41 @@ def unmake_tiles_native(
     )
 
 
-def linear_native(
-    tokens: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    outliers: OutlierTensors,
-    activation_bits: int,
-) -> Tensor | None:
-    """(n, in_features) → (n, out_features), both float32 as bias is; None for NaN and infinity.
+class TiledLinear:
+    """Tiles and outliers whose sizes have been checked once; keeps them alive."""
 
-    As linear_reference, and apart from float32 summation no further from it than
-    Σ over groups of |scale| · max|x| · 0.51 / L · Σ|code − zero|: the kernels hold x as integers up
-    to L, 32639 at 16 bits and 127 at 8. tests/unit/test_ops_linear.py derives the bound and holds
-    every kernel to it.
-    """
-    outliers = _contiguous(outliers)
-    y = torch.empty(tokens.shape[0], out_features)
-    done: bool = _kernels.linear(  # type: ignore[union-attr]
-        tokens.data_ptr(),
-        tokens.shape[0],
-        tokens.shape[1],
-        tiles.data_ptr(),
-        tiles.numel(),
-        out_features,
-        0 if bias is None else bias.data_ptr(),
-        *_outlier_layout(outliers),
-        activation_bits,
-        torch.get_num_threads(),
-        y.data_ptr(),
-    )
-    return y if done else None
+    def __init__(
+        self, tiles: Tensor, out_features: int, in_features: int, outliers: OutlierTensors
+    ) -> None:
+        """ValueError where the tiles are those of another layer or outliers lie outside it."""
+        self._tensors = tiles, _contiguous(outliers)
+        self.in_features, self.out_features = in_features, out_features
+        self._run: Callable[..., bool] = _kernels.TiledLinear(  # type: ignore[union-attr]
+            tiles.data_ptr(),
+            tiles.numel(),
+            out_features,
+            in_features,
+            *_outlier_layout(self._tensors[1]),
+        ).run
+
+    def __call__(self, x: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor | None:
+        """(..., in_features) → (..., out_features), contiguous float32 as bias is.
+
+        None where x holds NaN or infinity. Else as linear_reference, and apart from float32
+        summation no further from it than Σ over groups of |scale| · max|x| · 0.51 / L ·
+        Σ|code − zero|: the kernels hold x as integers up to L, 32639 at 16 bits and 127 at 8.
+        tests/unit/test_ops_linear.py derives the bound and holds every kernel to it.
+        """
+        y = x.new_empty((*x.shape[:-1], self.out_features))
+        done = self._run(
+            x.data_ptr(),
+            x.numel() // self.in_features,
+            0 if bias is None else bias.data_ptr(),
+            activation_bits,
+            torch.get_num_threads(),
+            y.data_ptr(),
+        )
+        return y if done else None
 
 
 def dequantize_tiles_native(

@@ -19,6 +19,9 @@ from lwquant.ops.native import OutlierTensors
 from lwquant.ops.schema import LIBRARY, check_input, check_outliers, pack
 from lwquant.scheme import QuantScheme, row_words
 
+# Calls with fewer go to the kernel without another look: 15 tokens of 1024 inputs.
+FEW_INPUTS = native.PANEL_TOKENS * 1024
+
 _OUTLIERS = "Tensor? outlier_values=None, Tensor? outlier_columns=None, Tensor? outlier_rows=None"
 LIBRARY.define(
     f"linear_tiled(Tensor x, Tensor tiles, Tensor? bias, int out_features, {_OUTLIERS}, "
@@ -98,40 +101,65 @@ def _linear(
     check_input(x, bias, out_features)
     _check_tiles(tiles, out_features, x.shape[-1])
     check_outliers(outliers, out_features, x.shape[-1], tiles.device)
-    # Each call that is spared here is a microsecond: as much as a small layer takes.
-    flat, single = x.dim() == 2, x.dtype == torch.float32
-    tokens = x if flat else x.reshape(-1, x.shape[-1])
-    tokens = (tokens if single else tokens.to(torch.float32)).contiguous()
-    wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
-    y = None
-    if not native.panels_are_faster(len(tokens)):
-        y = native.linear_native(tokens, tiles, wide_bias, out_features, outliers, activation_bits)
-    if y is None:  # or NaN or infinity among the inputs, which integers cannot hold
-        y = native.tiled_panels(tokens, tiles, wide_bias, out_features, outliers)
-    y = y if flat else y.view(*x.shape[:-1], out_features)
-    return y if single else y.to(x.dtype)
+    kernel = native.TiledLinear(tiles, out_features, x.shape[-1], outliers)
+    return _run(kernel, x, tiles, bias, outliers, activation_bits)
 
 
-def call_linear(
+def _run(
+    kernel: native.TiledLinear,
     x: Tensor,
     tiles: Tensor,
     bias: Tensor | None,
-    out_features: int,
     outliers: OutlierTensors,
     activation_bits: int,
 ) -> Tensor:
-    """linear_tiled(), past torch's dispatcher where nobody but it would see the call.
+    """By the kernel where it can and is faster, else by panels."""
+    wide = x.to(torch.float32).contiguous()
+    wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+    y = None
+    if not native.panels_are_faster(x.numel() // x.shape[-1]):
+        y = kernel(wide, wide_bias, activation_bits)
+    if y is None:  # or NaN or infinity among the inputs, which integers cannot hold
+        tokens = wide.reshape(-1, x.shape[-1])
+        y = native.tiled_panels(tokens, tiles, wide_bias, kernel.out_features, outliers)
+        y = y.view(*x.shape[:-1], kernel.out_features)
+    return y.to(x.dtype)
 
-    The dispatcher and the autograd wrapper of an operator written in Python take longer than the
-    product with a small layer.
+
+class TiledLinear:
+    """A layer on tiles, called past torch's dispatcher where nobody but it would see the call.
+
+    The dispatcher, the autograd wrapper of an operator written in Python and the checks of every
+    tensor take longer than the product with a small layer.
     """
-    seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if seen or type(x) is not Tensor or not x.is_cpu:
-        y: Tensor = torch.ops.lwquant.linear_tiled(
-            x, tiles, bias, out_features, *outliers, activation_bits
-        )
-        return y
-    return _linear(x, tiles, bias, out_features, *outliers, activation_bits)
+
+    def __init__(
+        self, tiles: Tensor, out_features: int, in_features: int, outliers: OutlierTensors
+    ) -> None:
+        self.tiles, self._outliers = tiles, outliers
+        self._kernel = native.TiledLinear(tiles, out_features, in_features, outliers)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor:
+        """As linear_tiled()."""
+        kernel = self._kernel
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or type(x) is not Tensor
+            or not x.is_cpu
+            or x.dim() < 1
+            or x.shape[-1] != kernel.in_features
+        ):
+            seen: Tensor = torch.ops.lwquant.linear_tiled(
+                x, self.tiles, bias, kernel.out_features, *self._outliers, activation_bits
+            )
+            return seen
+        plain = x.dtype is torch.float32 and (bias is None or bias.dtype is torch.float32)
+        if plain and x.numel() < FEW_INPUTS and x.is_contiguous():
+            y = kernel(x, bias, activation_bits)
+            if y is not None:
+                return y
+        return _run(kernel, x, self.tiles, bias, self._outliers, activation_bits)
 
 
 def _dequantize(
