@@ -33,6 +33,14 @@ TOLERANCE = 0.03  # int8 activations in blocks
 CONTEXT_BYTES = 2**20  # of descriptions of tensors and graphs
 
 
+LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+
+
+@LogCallback
+def _say_nothing(level: int, text: bytes, data: int) -> None:
+    """ggml tells of every tensor that it repacks."""
+
+
 class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
@@ -68,6 +76,25 @@ class Library:
     def context(self) -> int:
         found: int = self.base.ggml_init(InitParams(CONTEXT_BYTES, None, True))
         return found
+
+
+class Memory:
+    """Tensors of one context, and the buffer that they are in; freed with this."""
+
+    def __init__(self, lib: Library) -> None:
+        self.library, self.context, self._buffer = lib, lib.context(), 0
+
+    def allocate(self, buffer_type: int) -> None:
+        base = self.library.base
+        found = base.ggml_backend_alloc_ctx_tensors_from_buft(self.context, buffer_type)
+        if not found:
+            raise MemoryError("no memory for ggml's tensors")
+        self._buffer = found
+
+    def __del__(self) -> None:
+        if self._buffer:
+            self.library.base.ggml_backend_buffer_free(self._buffer)
+        self.library.base.ggml_free(self.context)
 
 
 @cache
@@ -114,7 +141,10 @@ def library() -> Library:
     base.ggml_get_type_traits.restype = c_void_p
     base.ggml_get_type_traits.argtypes = [c_int]
     base.ggml_free.argtypes = [c_void_p]
+    base.ggml_backend_buffer_free.argtypes = [c_void_p]
     cpu.ggml_backend_cpu_set_n_threads.argtypes = [c_void_p, c_int]
+    base.ggml_log_set.argtypes = [LogCallback, c_void_p]
+    base.ggml_log_set(_say_nothing, None)
     return Library(base, cpu, cpu.ggml_backend_cpu_init())
 
 
@@ -175,37 +205,35 @@ def _candidate(
     stored = repeated_rows(packed, out_features)
     pool = []
     for _ in range(pool_size(stored.numel())):
-        context = lib.context()
-        weight = lib.base.ggml_new_tensor_2d(context, kind, in_features, out_features)
-        if not lib.base.ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type):
-            raise MemoryError(f"no memory for {name}")
+        memory = Memory(lib)
+        weight = lib.base.ggml_new_tensor_2d(memory.context, kind, in_features, out_features)
+        memory.allocate(buffer_type)
         lib.base.ggml_backend_tensor_set(weight, stored.data_ptr(), 0, stored.numel())
-        pool.append(weight)
+        pool.append((memory, weight))
 
     def bind(x: Tensor) -> list[Call]:
-        return [_call(lib, weight, x, out_features) for weight in pool]
+        return [_call(lib, weight, x, out_features) for _, weight in pool]
 
     dense = repeated_rows(drawn, out_features)
     return Candidate(name, bits, stored.numel(), bind, dense, TOLERANCE)
 
 
 def _call(lib: Library, weight: int, x: Tensor, out_features: int) -> Call:
-    context = lib.context()
+    memory = Memory(lib)
+    context = memory.context
     inputs = lib.base.ggml_new_tensor_2d(context, FLOAT32, x.shape[1], x.shape[0])
     outputs = lib.base.ggml_mul_mat(context, weight, inputs)
     graph = lib.base.ggml_new_graph(context)
     lib.base.ggml_build_forward_expand(graph, outputs)
-    plain = lib.base.ggml_backend_cpu_buffer_type()
-    if not lib.base.ggml_backend_alloc_ctx_tensors_from_buft(context, plain):
-        raise MemoryError("no memory for ggml's inputs")
+    memory.allocate(lib.base.ggml_backend_cpu_buffer_type())
     lib.base.ggml_backend_tensor_set(inputs, x.data_ptr(), 0, 4 * x.numel())
     count = x.shape[0] * out_features
-    memory = (c_float * count).from_address(lib.base.ggml_get_data(outputs))
-    y = torch.frombuffer(memory, dtype=torch.float32).view(x.shape[0], out_features)
+    values = (c_float * count).from_address(lib.base.ggml_get_data(outputs))
+    y = torch.frombuffer(values, dtype=torch.float32).view(x.shape[0], out_features)
     compute = lib.base.ggml_backend_graph_compute
 
     def call() -> Tensor:
-        if compute(lib.backend, graph):
+        if compute(memory.library.backend, graph):
             raise RuntimeError("ggml's graph failed")
         return y
 

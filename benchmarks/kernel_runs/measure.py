@@ -99,37 +99,42 @@ def peers_of(shape: Shape, groups: Sequence[int], threads: int) -> dict[int, lis
     return {group: [*common, *made[size]] for group, size in sizes.items()}
 
 
-def measure(
-    shapes: Sequence[Shape],
-    tokens: Sequence[int],
-    groups: Sequence[int],
-    schemes: dict[int, list[QuantScheme]],
-    rounds: tuple[int, int],
-    with_peers: bool,
-    activation_bits: int | None,
-) -> list[Row]:
-    threads = torch.get_num_threads()
-    probes = Probes(WORK, pool_bytes(), threads)
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured of each shape."""
+
+    tokens: Sequence[int]
+    schemes: dict[int, list[QuantScheme]]  # by group size
+    activation_bits: int | None  # None: usual_activation_bits()
+    rounds: tuple[int, int]  # with few tokens, with many
+    with_peers: bool
+
+
+def measure(shape: Shape, wanted: Wanted, probes: Probes) -> list[Row]:
+    """Everything about one shape; its weights are gone afterwards."""
+    groups = list(wanted.schemes)
+    if wanted.with_peers:
+        peers = peers_of(shape, groups, torch.get_num_threads())
+    else:
+        peers = {group: [torch_peers.bf16(shape)] for group in groups}
     rows = []
-    for shape in shapes:
-        bf16 = torch_peers.bf16(shape)
-        peers = peers_of(shape, groups, threads) if with_peers else {g: [bf16] for g in groups}
-        for group in groups:
-            own = [
-                ours.candidate(shape, scheme, activation_bits or usual_activation_bits(scheme.bits))
-                for scheme in schemes[group]
-            ]
-            for n_tokens in tokens:
-                everyone = [*own, *peers[group]]
-                x = torch.randn(n_tokens, shape[1])
-                n_rounds = rounds[n_tokens >= MANY_TOKENS]
-                print(f"{shape_label(shape)}, {n_tokens} tokens", file=sys.stderr)
-                times = time_all(everyone, x, n_rounds, probes)
-                roofs = probes.roofs()
-                best = {c.name: min(found) for c, found in zip(everyone, times, strict=True)}
-                for scheme, candidate, found in zip(schemes[group], own, times, strict=False):
-                    row = row_of(shape, scheme, candidate, found, peers[group], best, x, roofs)
-                    rows.append(row)
+    for group, schemes in wanted.schemes.items():
+        own = [
+            ours.candidate(
+                shape, scheme, wanted.activation_bits or usual_activation_bits(scheme.bits)
+            )
+            for scheme in schemes
+        ]
+        for n_tokens in wanted.tokens:
+            everyone = [*own, *peers[group]]
+            x = torch.randn(n_tokens, shape[1])
+            n_rounds = wanted.rounds[n_tokens >= MANY_TOKENS]
+            print(f"{shape_label(shape)}, groups of {group}, {n_tokens} tokens", file=sys.stderr)
+            times = time_all(everyone, x, n_rounds, probes)
+            roofs = probes.roofs()
+            best = {c.name: min(found) for c, found in zip(everyone, times, strict=True)}
+            for scheme, candidate, found in zip(schemes, own, times, strict=False):
+                rows.append(row_of(shape, scheme, candidate, found, peers[group], best, x, roofs))
     return rows
 
 
@@ -239,9 +244,11 @@ def main(description: str) -> None:
         group: Recipe(bits=WIDTHS, group_size=group, scale_bits=arguments.scale_bits).schemes()
         for group in groups
     }
-    rows = measure(
-        shapes, tokens, groups, schemes, rounds, not arguments.no_peers, arguments.activation_bits
+    wanted = Wanted(
+        tokens, schemes, arguments.activation_bits, rounds, with_peers=not arguments.no_peers
     )
+    probes = Probes(WORK, pool_bytes(), torch.get_num_threads())
+    rows = [row for shape in shapes for row in measure(shape, wanted, probes)]
     about = {
         "cpu": machine(),
         "isa": ops.isa(),
