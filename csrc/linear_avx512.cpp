@@ -21,7 +21,7 @@ namespace lwquant {
 namespace {
 
 constexpr int kLaneCodes = 8;
-constexpr int64_t kAhead = 2048;  // bytes of a stream that are fetched ahead of their use
+constexpr int64_t kAhead = 6144;  // bytes of a stream that are fetched ahead of their use
 constexpr int kStreams = 4;
 
 // Where lane j (8 codes, `BITS` bytes) and slot i (one code) find their bits.
