@@ -1,0 +1,317 @@
+// Properties of the kernels without Python, for sanitizers and emulated processors: every
+// instruction set of this machine, random layers of every width and kind, buffers of exactly the
+// size that a call may touch.
+//
+//   kernel_properties [N]    every Nth case; prints the instruction sets it ran, one a line, or the
+//                            case that failed on stderr, with status 1
+#include "kernels.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <vector>
+
+using namespace lwquant;
+
+namespace {
+
+// Exactly n elements on the heap, so that one read beyond them is found.
+template <typename T>
+class Exact {
+ public:
+  explicit Exact(int64_t n) : n_(n), data_(new T[static_cast<size_t>(n)]()) {}
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t k) const { return data_[static_cast<size_t>(k)]; }
+  int64_t size() const { return n_; }
+
+ private:
+  int64_t n_;
+  std::unique_ptr<T[]> data_;
+};
+
+struct Random {
+  uint64_t state;
+  uint32_t next() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>(state >> 33);
+  }
+  int64_t below(int64_t n) { return next() % n; }
+  float symmetric() { return static_cast<float>(next()) / 1073741824.0f - 1.0f; }
+};
+
+enum class Values { kUsual, kSaturating, kTiny, kHuge };
+enum class Zeros { kNone, kWhole, kFine };
+
+struct Case {
+  int bits;
+  int64_t out_features, in_features, group_size;
+  bool scale_bytes;
+  Zeros zeros;
+  int64_t n_outliers;
+  Values values;
+};
+
+void fail(const Case& c, const char* what) {
+  fprintf(stderr, "%s: %s of %d bits, %lld x %lld, groups of %lld, scales in %s, zeros %d, %lld "
+          "outliers, values %d\n",
+          current_isa().name, what, c.bits, static_cast<long long>(c.out_features),
+          static_cast<long long>(c.in_features), static_cast<long long>(c.group_size),
+          c.scale_bytes ? "bytes" : "float16", static_cast<int>(c.zeros),
+          static_cast<long long>(c.n_outliers), static_cast<int>(c.values));
+  exit(1);
+}
+
+// A stored layer with every code, scale and zero beside it as a plain number.
+struct Layer {
+  Case is;
+  int64_t n_groups;
+  Exact<int32_t> words;
+  Exact<uint16_t> halves;
+  Exact<uint8_t> bytes;
+  Exact<int32_t> zero_words;
+  Exact<uint8_t> zero_bytes;
+  Exact<uint16_t> values, columns;
+  Exact<int32_t> rows;
+  Exact<float> bias;
+  Weight weight;
+  std::vector<uint8_t> codes;        // (out_features, in_features)
+  std::vector<double> scales, zeros;  // (out_features, n_groups)
+  std::vector<double> outliers;      // (out_features, in_features)
+
+  Layer(const Case& c, Random& random)
+      : is(c),
+        n_groups((c.in_features + c.group_size - 1) / c.group_size),
+        words(c.out_features * row_words(c.in_features, c.bits)),
+        halves(c.scale_bytes ? 0 : c.out_features * n_groups),
+        bytes(c.scale_bytes ? c.out_features * (1 + n_groups) : 0),
+        zero_words(c.zeros == Zeros::kWhole ? n_groups * row_words(c.out_features, c.bits) : 0),
+        zero_bytes(c.zeros == Zeros::kFine ? n_groups * c.out_features : 0),
+        values(c.n_outliers),
+        columns(c.n_outliers),
+        rows(c.out_features + 1),
+        bias(c.out_features),
+        codes(static_cast<size_t>(c.out_features * c.in_features)),
+        scales(static_cast<size_t>(c.out_features * n_groups)),
+        zeros(scales.size()),
+        outliers(codes.size()) {
+    const int most = (1 << c.bits) - 1;
+    const int64_t row_size = row_words(c.in_features, c.bits);
+    for (int64_t r = 0; r < c.out_features; ++r) {
+      uint8_t* row = codes.data() + r * c.in_features;
+      for (int64_t k = 0; k < c.in_features; ++k) {
+        const bool full = c.values == Values::kSaturating;
+        row[k] = static_cast<uint8_t>(full ? most : random.below(most + 1));
+      }
+      pack_row(c.bits, row, c.in_features, words.get() + r * row_size);
+      if (c.scale_bytes) bytes[r * (1 + n_groups)] = static_cast<uint8_t>(random.below(15));
+      for (int64_t g = 0; g < n_groups; ++g) {
+        uint16_t half;
+        if (c.scale_bytes) {
+          uint8_t* own = bytes.get() + r * (1 + n_groups);
+          own[1 + g] = static_cast<uint8_t>(random.below(256));
+          half = static_cast<uint16_t>((own[0] << kByteExponent) + (own[1 + g] << kByteStep));
+        } else {
+          // Subnormal, usual and largest ones.
+          const uint16_t patterns[] = {0, 1, 0x03ff, 0x2c00, 0x3555, 0x7bff};
+          half = patterns[c.values == Values::kUsual ? 4 : random.below(6)];
+          halves[r * n_groups + g] = half;
+        }
+        scales[static_cast<size_t>(r * n_groups + g)] = half_to_float(half);
+      }
+      bias[r] = random.symmetric();
+    }
+    for (int64_t g = 0; g < n_groups; ++g) {
+      std::vector<uint8_t> of_group(static_cast<size_t>(c.out_features));
+      for (int64_t r = 0; r < c.out_features; ++r) {
+        const int64_t stored = random.below(c.zeros == Zeros::kFine ? 256 : most + 1);
+        of_group[static_cast<size_t>(r)] = static_cast<uint8_t>(stored);
+        double zero = static_cast<double>(stored);
+        if (c.zeros == Zeros::kFine) {
+          zero_bytes[g * c.out_features + r] = static_cast<uint8_t>(stored);
+          zero *= byte_zero_step(c.bits);
+        }
+        if (c.zeros == Zeros::kNone) zero = 1 << (c.bits - 1);
+        zeros[static_cast<size_t>(r * n_groups + g)] = zero;
+      }
+      if (c.zeros == Zeros::kWhole) {
+        pack_row(c.bits, of_group.data(), c.out_features,
+                 zero_words.get() + g * row_words(c.out_features, c.bits));
+      }
+    }
+    for (int64_t k = 0; k < c.n_outliers; ++k) {
+      const int64_t row = k * c.out_features / c.n_outliers, column = random.below(c.in_features);
+      values[k] = 0x3c00;  // 1
+      columns[k] = static_cast<uint16_t>(column);
+      outliers[static_cast<size_t>(row * c.in_features + column)] += 1.0;
+      for (int64_t r = row; r < c.out_features; ++r) rows[r + 1] = static_cast<int32_t>(k + 1);
+    }
+    weight = {words.get(),
+              c.scale_bytes ? nullptr : halves.get(),
+              c.scale_bytes ? bytes.get() : nullptr,
+              c.zeros == Zeros::kWhole ? zero_words.get() : nullptr,
+              c.zeros == Zeros::kFine ? zero_bytes.get() : nullptr,
+              c.bits,
+              c.group_size < c.in_features ? c.group_size : c.in_features,
+              c.in_features,
+              c.out_features,
+              n_groups,
+              row_size,
+              row_words(c.out_features, c.bits),
+              {values.get(), columns.get(), nullptr, c.n_outliers ? rows.get() : nullptr}};
+  }
+
+  double at(int64_t r, int64_t k) const {
+    const size_t group = static_cast<size_t>(r * n_groups + k / is.group_size);
+    const size_t index = static_cast<size_t>(r * is.in_features + k);
+    return (codes[index] - zeros[group]) * scales[group] + outliers[index];
+  }
+};
+
+void check_dequantized(const Layer& l, const float* got, const char* what) {
+  for (int64_t r = 0; r < l.is.out_features; ++r) {
+    for (int64_t k = 0; k < l.is.in_features; ++k) {
+      const double wanted = l.at(r, k), error = fabs(got[r * l.is.in_features + k] - wanted);
+      if (!(error <= 1e-6 * (fabs(wanted) + 1e-30))) fail(l.is, what);
+    }
+  }
+}
+
+void check_linear(const Layer& l, const Tiles& tiles, int64_t n_tokens, int bits, Random& random) {
+  const int64_t in = l.is.in_features, out = l.is.out_features;
+  Exact<float> x(n_tokens * in), y(n_tokens * out), again(n_tokens * out);
+  const float factor = l.is.values == Values::kTiny   ? 1e-41f
+                       : l.is.values == Values::kHuge ? 1e27f
+                                                      : 1.0f;
+  for (int64_t k = 0; k < x.size(); ++k) {
+    x[k] = l.is.values == Values::kSaturating ? (k % 2 ? 1.0f : -1.0f) : random.symmetric() * factor;
+  }
+  if (!linear(tiles, l.weight.outliers, l.bias.get(), x.get(), n_tokens, bits, 1, y.get()) ||
+      !linear(tiles, l.weight.outliers, l.bias.get(), x.get(), n_tokens, bits, 2, again.get())) {
+    fail(l.is, "linear refused finite inputs");
+  }
+  if (memcmp(y.get(), again.get(), sizeof(float) * static_cast<size_t>(y.size())) != 0) {
+    fail(l.is, "two threads give another result");
+  }
+  for (int64_t t = 0; t < n_tokens; ++t) {
+    double largest = 0x1p-100;
+    for (int64_t k = 0; k < in; ++k) largest = fmax(largest, fabs(x[t * in + k]));
+    for (int64_t r = 0; r < out; ++r) {
+      double exact = l.bias[r], step = 0, size = fabs(l.bias[r]);
+      for (int64_t k = 0; k < in; ++k) {
+        const size_t group = static_cast<size_t>(r * l.n_groups + k / l.is.group_size);
+        const double value = x[t * in + k], weight = l.at(r, k);
+        exact += value * weight;
+        step += fabs(weight);
+        size += fabs(value) * (l.codes[static_cast<size_t>(r * in + k)] + l.zeros[group] + 1) *
+                (l.scales[group] + 1);
+      }
+      const double half_step = 0.51 * largest / largest_activation(bits);
+      const double bound = half_step * step + static_cast<double>(in + 32) * 0x1p-24 * size;
+      if (!(fabs(y[t * out + r] - exact) <= bound)) fail(l.is, "linear is off");
+    }
+  }
+  x[x.size() - 1] = static_cast<float>(NAN);
+  if (linear(tiles, l.weight.outliers, nullptr, x.get(), n_tokens, bits, 1, y.get())) {
+    fail(l.is, "linear took NaN");
+  }
+}
+
+void check(const Case& c, Random& random) {
+  const Layer l(c, random);
+  Exact<uint8_t> codes(c.in_features);
+  for (int64_t r = 0; r < c.out_features; ++r) {
+    current_isa().unpack_row(c.bits, l.words.get() + r * l.weight.row_words, c.in_features,
+                             codes.get());
+    if (memcmp(codes.get(), l.codes.data() + r * c.in_features,
+               static_cast<size_t>(c.in_features)) != 0) {
+      fail(c, "unpack_row is off");
+    }
+  }
+  Exact<float> dense(c.out_features * c.in_features);
+  dequantize(l.weight, 0, c.out_features, 1, dense.get());
+  check_dequantized(l, dense.get(), "dequantize is off");
+  if (!tiles_fit(l.weight)) return;
+
+  // The kernels may fetch ahead, but read nothing behind the tiles.
+  const int64_t size = tiles_size(l.weight);
+  std::unique_ptr<uint8_t, void (*)(void*)> data(
+      static_cast<uint8_t*>(aligned_alloc(kLine, static_cast<size_t>(size))), free);
+  make_tiles(l.weight, 1, data.get());
+  Tiles tiles;
+  if (!read_tiles(data.get(), size, &tiles)) fail(c, "its tiles are none");
+  Exact<int32_t> words(l.words.size());
+  Exact<uint8_t> scales(c.scale_bytes ? l.bytes.size() : 2 * l.halves.size());
+  Exact<uint8_t> zeros(l.n_groups * c.out_features);
+  unmake_tiles(tiles, 1, words.get(), scales.get(), c.zeros == Zeros::kNone ? nullptr : zeros.get());
+  const void* stored = c.scale_bytes ? static_cast<const void*>(l.bytes.get()) : l.halves.get();
+  if (memcmp(words.get(), l.words.get(), 4 * static_cast<size_t>(words.size())) != 0 ||
+      memcmp(scales.get(), stored, static_cast<size_t>(scales.size())) != 0) {
+    fail(c, "tiles do not give back the stored layer");
+  }
+  Exact<float> from_tiles(dense.size());
+  dequantize_tiles(tiles, l.weight.outliers, 0, c.out_features, 1, from_tiles.get());
+  check_dequantized(l, from_tiles.get(), "dequantize_tiles is off");
+  for (const int64_t n_tokens : {1, 2, 3, 4, 5, 8, 67}) {
+    if (n_tokens > 8 && c.out_features * c.in_features > 8000) continue;
+    for (const int bits : {8, 16}) check_linear(l, tiles, n_tokens, bits, random);
+  }
+}
+
+// Rounding on this instruction set against the portable one: equal, as both do the same steps.
+void check_rounding(Random& random) {
+  const Case none = {0, 0, 0, 0, false, Zeros::kNone, 0, Values::kUsual};
+  for (const int64_t n_rows : {1, 16, 64, 67}) {
+    const int64_t n_columns = 1 + random.below(40);
+    Exact<float> targets(n_columns * n_rows), same(n_columns * n_rows);
+    Exact<float> feedback(n_columns * n_columns), scales(n_columns * n_rows);
+    Exact<float> zeros(n_columns * n_rows), errors(n_columns * n_rows), others(n_columns * n_rows);
+    for (int64_t k = 0; k < targets.size(); ++k) {
+      targets[k] = same[k] = random.symmetric();
+      scales[k] = 0.1f + fabsf(random.symmetric()), zeros[k] = static_cast<float>(random.below(8));
+    }
+    for (int64_t k = 0; k < feedback.size(); ++k) feedback[k] = 0.1f * random.symmetric();
+    ColumnBlock block = {targets.get(), feedback.get(), n_columns,    nullptr, scales.get(),
+                         zeros.get(),   errors.get(),   7.0f,         n_columns, n_rows};
+    current_isa().rounding->round_rows(block, 0, n_rows < kLanes ? n_rows : kLanes);
+    if (n_rows > kLanes) current_isa().rounding->round_rows(block, kLanes, n_rows - kLanes);
+    block.targets = same.get(), block.errors = others.get();
+    kReferenceRounding.round_rows(block, 0, n_rows < kLanes ? n_rows : kLanes);
+    if (n_rows > kLanes) kReferenceRounding.round_rows(block, kLanes, n_rows - kLanes);
+    int64_t n_different = 0;  // a fused product may tip a value that lies between two codes
+    for (int64_t k = 0; k < targets.size(); ++k) n_different += fabsf(targets[k] - same[k]) > 1e-4f;
+    if (n_different * 20 > targets.size()) fail(none, "round_rows is off");
+  }
+}
+
+}  // namespace
+
+int main(int n_arguments, char** arguments) {
+  const int64_t every = n_arguments > 1 ? atoi(arguments[1]) : 1;
+  const Isa* isas[8];
+  const int n = available_isas(isas, 8);
+  for (int i = 0; i < n; ++i) {
+    select_isa(isas[i]->name);
+    Random random{static_cast<uint64_t>(i)};
+    int64_t number = 0;
+    const int64_t shapes[][2] = {{1, 1}, {16, 32}, {33, 1000}, {70, 129}, {64, 320}, {5, 576}};
+    for (int bits = 2; bits <= 8; ++bits) {
+      for (const auto& shape : shapes) {
+        const int64_t groups[] = {32, 64, 96, 128, 48, shape[1]};
+        for (const int64_t group_size : groups) {
+          if (number++ % every) continue;
+          const Values values = static_cast<Values>(random.below(4));
+          const Zeros zeros = static_cast<Zeros>(random.below(3));
+          check({bits, shape[0], shape[1], group_size, random.below(2) == 1, zeros,
+                 random.below(3) * 7, values},
+                random);
+        }
+      }
+    }
+    check_rounding(random);
+    printf("%s\n", isas[i]->name);
+  }
+  return 0;
+}
