@@ -389,11 +389,14 @@ def test_outliers_that_do_not_fit_are_refused(isa):
             run(*sparse)
 
 
-def test_a_batch_cut_differently_gives_the_same_rows(isa):
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_a_batch_cut_differently_gives_the_same_rows(isa, activation_bits):
     layer = random_layer(40, 192, 3, 64)
     x = random_inputs(12, 192)
+    run = partial(layer.linear, activation_bits=activation_bits)
+    for n in (1, 2, 3, 4, 5, 8):
+        assert torch.equal(torch.cat([run(x[:n]), run(x[n:])]), run(x))
     whole = layer.linear(x)
-    assert torch.equal(torch.cat([layer.linear(x[:5]), layer.linear(x[5:])]), whole)
     assert torch.equal(layer.linear(x.reshape(2, 3, 2, 192)), whole.reshape(2, 3, 2, 40))
     assert torch.equal(layer.linear(x[0]), whole[0])
 
