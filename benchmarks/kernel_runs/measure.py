@@ -29,7 +29,7 @@ from lwquant.scheme import SCALE_BITS, WHOLE_ROW, QuantScheme
 WORK = HERE.parent / "demo" / "kernels"  # git-ignored: the peers' packages
 LARGE = ((4096, 4096), (4096, 11008), (11008, 4096))
 SHAPES = (*LARGE, (576, 1536), (1536, 576), (4304, 1000))
-QUICK_TOKENS, TOKENS = (1, 8), (1, 8, 32, 128, 512)
+QUICK_TOKENS, TOKENS = (1, 8), (1, 8, 32, 512)
 QUICK_GROUPS, GROUPS = (64,), (32, 64, 128, WHOLE_ROW)
 WIDTHS = (2, 3, 4, 5, 6, 8)
 ROUNDS, MANY_TOKENS_ROUNDS = 21, 5
