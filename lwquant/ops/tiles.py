@@ -126,6 +126,11 @@ def _run(
     return y.to(x.dtype)
 
 
+def _plain(tensor: Tensor) -> bool:
+    """Whether a kernel can read it as it is."""
+    return tensor.dtype is torch.float32 and tensor.is_contiguous()
+
+
 class TiledLinear:
     """A layer on tiles, called past torch's dispatcher where nobody but it would see the call.
 
@@ -154,11 +159,15 @@ class TiledLinear:
                 x, self.tiles, bias, kernel.out_features, *self._outliers, activation_bits
             )
             return seen
-        plain = x.dtype is torch.float32 and (bias is None or bias.dtype is torch.float32)
-        if plain and x.numel() < FEW_INPUTS and x.is_contiguous():
+        if (
+            _plain(x)
+            and x.numel() < FEW_INPUTS
+            and (bias is None or (_plain(bias) and bias.shape == (kernel.out_features,)))
+        ):
             y = kernel(x, bias, activation_bits)
             if y is not None:
                 return y
+        check_input(x, bias, kernel.out_features)
         return _run(kernel, x, self.tiles, bias, self._outliers, activation_bits)
 
 

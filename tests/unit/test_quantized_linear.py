@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from lwquant import ops
 from lwquant.codebooks import CODEBOOKS
+from lwquant.errors import LwquantError
 from lwquant.nn.linear import QuantizedLinear, stored_scales
 from lwquant.quantizers.grid import in_window, storable_scale
 from lwquant.scheme import QuantScheme
@@ -221,6 +222,26 @@ def test_without_gradients_it_computes_the_same_past_the_dispatcher(shape, dtype
             assert layer(fake.from_tensor(x)).shape == wanted.shape
     assert got.dtype == dtype and not got.requires_grad and torch.equal(got, wanted)
     assert wanted.requires_grad and wanted.grad_fn is not None  # of the bias
+
+
+@tiled
+@torch.no_grad()
+def test_past_the_dispatcher_the_same_is_refused():
+    layer = QuantizedLinear.from_weight(random_weight(QuantScheme(3, 64)), torch.randn(24))
+    x = torch.randn(2, 100)
+    wanted = layer(x)
+    with pytest.raises(LwquantError, match="x must be"):
+        layer(x.double())
+    with pytest.raises(ValueError, match="inputs has 100, expected 99"):
+        layer(x[:, :99])
+    strided = torch.randn(48)
+    expected = wanted - layer.bias + strided[::2]
+    layer.bias = nn.Parameter(strided[::2])
+    assert not layer.bias.is_contiguous()
+    torch.testing.assert_close(layer(x), expected)
+    layer.bias = nn.Parameter(torch.randn(23))
+    with pytest.raises(LwquantError, match=r"bias must be \(24,\)"):
+        layer(x)
 
 
 @tiled
