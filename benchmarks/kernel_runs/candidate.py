@@ -27,7 +27,9 @@ class Candidate:
     bits: int  # the width it is compared at
     weight_bytes: int  # that one call reads
     bind: Callable[[Tensor], list[Call]]
-    dense: Tensor  # (out_features, in_features): what the first weight of the pool stands for
+    # (out_features, in_features): what the first weight of the pool stands for, made when it is
+    # asked for, as it is several times as large as the weight.
+    dense: Callable[[], Tensor]
     tolerance: float  # of the largest output, for the check before the timing
     activation_bits: int = 0  # 0: a peer's, which do not matter here
 

@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -214,7 +214,7 @@ def _candidate(
     def bind(x: Tensor) -> list[Call]:
         return [_call(lib, weight, x, out_features) for _, weight in pool]
 
-    dense = repeated_rows(drawn, out_features)
+    dense = partial(repeated_rows, drawn, out_features)
     return Candidate(name, bits, stored.numel(), bind, dense, TOLERANCE)
 
 

@@ -61,7 +61,7 @@ class Row:
 
 
 def check(candidate: Candidate, calls: list[Call], x: Tensor) -> None:
-    expected = x.double() @ candidate.dense.double().T
+    expected = x.double() @ candidate.dense().double().T
     error = (calls[0]().double() - expected).abs().max() / expected.abs().max()
     if not error < candidate.tolerance:
         raise SystemExit(f"{candidate.name}: wrong result, relative error {error:.3g}")
@@ -89,14 +89,18 @@ def time_all(
     return times
 
 
-def peers_of(shape: Shape, groups: Sequence[int], threads: int) -> dict[int, list[Candidate]]:
-    """By group size: those that have one come once for each, the others with the first."""
-    from kernel_runs import ggml_peer, onnxruntime_peer
+def common_peers(shape: Shape) -> list[Candidate]:
+    """Those without a group size of their own to choose."""
+    from kernel_runs import ggml_peer
 
-    sizes = {group: 128 if group == WHOLE_ROW else group for group in groups}
-    made = {size: onnxruntime_peer.candidates(shape, size, threads) for size in set(sizes.values())}
-    common = [*torch_peers.candidates(shape), *ggml_peer.candidates(shape, threads)]
-    return {group: [*common, *made[size]] for group, size in sizes.items()}
+    return [*torch_peers.candidates(shape), *ggml_peer.candidates(shape, torch.get_num_threads())]
+
+
+def grouped_peers(shape: Shape, group: int) -> list[Candidate]:
+    from kernel_runs import onnxruntime_peer
+
+    size = 128 if group == WHOLE_ROW else group
+    return onnxruntime_peer.candidates(shape, size, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,7 @@ class Wanted:
 
 def measure(shape: Shape, wanted: Wanted, probes: Probes) -> list[Row]:
     """Everything about one shape; its weights are gone afterwards."""
-    groups = list(wanted.schemes)
-    if wanted.with_peers:
-        peers = peers_of(shape, groups, torch.get_num_threads())
-    else:
-        peers = {group: [torch_peers.bf16(shape)] for group in groups}
+    common = common_peers(shape) if wanted.with_peers else [torch_peers.bf16(shape)]
     rows = []
     for group, schemes in wanted.schemes.items():
         own = [
@@ -125,8 +125,9 @@ def measure(shape: Shape, wanted: Wanted, probes: Probes) -> list[Row]:
             )
             for scheme in schemes
         ]
+        peers = [*common, *(grouped_peers(shape, group) if wanted.with_peers else [])]
         for n_tokens in wanted.tokens:
-            everyone = [*own, *peers[group]]
+            everyone = [*own, *peers]
             x = torch.randn(n_tokens, shape[1])
             n_rounds = wanted.rounds[n_tokens >= MANY_TOKENS]
             print(f"{shape_label(shape)}, groups of {group}, {n_tokens} tokens", file=sys.stderr)
@@ -134,7 +135,7 @@ def measure(shape: Shape, wanted: Wanted, probes: Probes) -> list[Row]:
             roofs = probes.roofs()
             best = {c.name: min(found) for c, found in zip(everyone, times, strict=True)}
             for scheme, candidate, found in zip(schemes, own, times, strict=False):
-                rows.append(row_of(shape, scheme, candidate, found, peers[group], best, x, roofs))
+                rows.append(row_of(shape, scheme, candidate, found, peers, best, x, roofs))
     return rows
 
 

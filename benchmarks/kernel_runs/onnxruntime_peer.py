@@ -46,10 +46,13 @@ def _candidate(shape: Shape, bits: int, group: int, threads: int) -> Candidate:
         y = torch.empty(len(x), out_features)
         return [_call(session, x, y) for session in sessions]
 
-    wide = np.repeat(scales, group, 1)[:, :in_features]
-    dense = (codes[:, :in_features].astype(np.float32) - 2 ** (bits - 1)) * wide
+    def dense() -> Tensor:
+        wide = np.repeat(scales, group, 1)[:, :in_features]
+        steps = codes[:, :in_features].astype(np.float32) - 2 ** (bits - 1)
+        return torch.from_numpy(steps * wide)
+
     name = f"onnxruntime {bits} bits g{group}"
-    return Candidate(name, bits, size, bind, torch.from_numpy(dense), TOLERANCE)
+    return Candidate(name, bits, size, bind, dense, TOLERANCE)
 
 
 def _call(session: onnxruntime.InferenceSession, x: Tensor, y: Tensor) -> Call:

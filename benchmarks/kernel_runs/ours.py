@@ -35,7 +35,7 @@ def candidate(shape: Shape, scheme: QuantScheme, activation_bits: int) -> Candid
     def bind(x: Tensor) -> list[Call]:
         return [partial(kernel, x, None, activation_bits) for kernel in kernels]
 
-    dense = ops.dequantize_tiled(first, out_features, in_features)
+    dense = partial(ops.dequantize_tiled, first, out_features, in_features)
     name = f"{scheme.label}-a{activation_bits}"
     tolerance = TOLERANCE[activation_bits]
     return Candidate(name, scheme.bits, n_bytes, bind, dense, tolerance, activation_bits)

@@ -32,7 +32,7 @@ def bf16(shape: Shape) -> Candidate:
         narrow = x.bfloat16()
         return [lambda w=w: F.linear(narrow, w) for w in pool]  # type: ignore[misc]
 
-    return Candidate(BF16_NAME, 16, size, bind, first, BF16)
+    return Candidate(BF16_NAME, 16, size, bind, lambda: first, BF16)
 
 
 def _int8_weights(shape: Shape) -> Candidate:
@@ -45,21 +45,23 @@ def _int8_weights(shape: Shape) -> Candidate:
         narrow = x.bfloat16()
         return [lambda w=w: torch._weight_int8pack_mm(narrow, w, scales) for w in pool]  # type: ignore[misc]
 
-    dense = first.float() * scales.float()[:, None]
+    def dense() -> Tensor:
+        return first.float() * scales.float()[:, None]
+
     return Candidate("torch int8 weights", 8, first.numel(), bind, dense, BF16)
 
 
 def _dynamic_int8(shape: Shape) -> Candidate:
     """Activations are made int8 in each call."""
-    dense = torch.randn(shape).clamp(-4, 4)
-    quantized = torch.quantize_per_tensor(dense, 4 / 127, 0, torch.qint8)
-    size = dense.numel()
+    drawn = torch.randn(shape).clamp(-4, 4)
+    quantized = torch.quantize_per_tensor(drawn, 4 / 127, 0, torch.qint8)
+    size = drawn.numel()
     pool = [torch.ops.quantized.linear_prepack(quantized, None) for _ in range(pool_size(size))]
 
     def bind(x: Tensor) -> list[Call]:
         return [lambda w=w: torch.ops.quantized.linear_dynamic(x, w) for w in pool]  # type: ignore[misc]
 
-    return Candidate("torch dynamic int8", 8, size, bind, quantized.dequantize(), INT8_ACTIVATIONS)
+    return Candidate("torch dynamic int8", 8, size, bind, quantized.dequantize, INT8_ACTIVATIONS)
 
 
 def _int4(shape: Shape, group: int) -> Candidate:
@@ -80,6 +82,8 @@ def _int4(shape: Shape, group: int) -> Candidate:
             for w, s in pool
         ]
 
-    wide = (t.float().T.repeat_interleave(group, 1) for t in (scales, offsets))
-    dense = (codes - 8) * next(wide) + next(wide)
+    def dense() -> Tensor:
+        wide = (t.float().T.repeat_interleave(group, 1) for t in (scales, offsets))
+        return (codes - 8) * next(wide) + next(wide)
+
     return Candidate(f"torch int4 g{group}", 4, size, bind, dense, BF16)
