@@ -21,12 +21,15 @@ DRAWN_ROWS = 64  # of a peer's weight that are really quantized; the others repe
 
 @dataclass(frozen=True)
 class Candidate:
-    """`bind(x)` gives a call for each weight of the pool; x is (tokens, in_features) float32."""
+    """`bind(x, n)` gives a call for each of n weights of the pool at most, all on the same x.
+
+    x is (tokens, in_features) float32.
+    """
 
     name: str
     bits: int  # the width it is compared at
     weight_bytes: int  # that one call reads
-    bind: Callable[[Tensor], list[Call]]
+    bind: Callable[[Tensor, int], list[Call]]
     # (out_features, in_features): what the first weight of the pool stands for, made when it is
     # asked for, as it is several times as large as the weight.
     dense: Callable[[], Tensor]

@@ -211,8 +211,8 @@ def _candidate(
         lib.base.ggml_backend_tensor_set(weight, stored.data_ptr(), 0, stored.numel())
         pool.append((memory, weight))
 
-    def bind(x: Tensor) -> list[Call]:
-        return [_call(lib, weight, x, out_features) for _, weight in pool]
+    def bind(x: Tensor, n: int) -> list[Call]:
+        return [_call(lib, weight, x, out_features) for _, weight in pool[:n]]
 
     dense = partial(repeated_rows, drawn, out_features)
     return Candidate(name, bits, stored.numel(), bind, dense, TOLERANCE)

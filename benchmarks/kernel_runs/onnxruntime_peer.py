@@ -42,9 +42,9 @@ def _candidate(shape: Shape, bits: int, group: int, threads: int) -> Candidate:
         for _ in range(pool_size(size))
     ]
 
-    def bind(x: Tensor) -> list[Call]:
+    def bind(x: Tensor, n: int) -> list[Call]:
         y = torch.empty(len(x), out_features)
-        return [_call(session, x, y) for session in sessions]
+        return [_call(session, x, y) for session in sessions[:n]]
 
     def dense() -> Tensor:
         wide = np.repeat(scales, group, 1)[:, :in_features]

@@ -32,8 +32,8 @@ def candidate(shape: Shape, scheme: QuantScheme, activation_bits: int) -> Candid
 
     kernels = [ops.TiledLinear(t, out_features, in_features, NO_OUTLIERS) for t in pool]
 
-    def bind(x: Tensor) -> list[Call]:
-        return [partial(kernel, x, None, activation_bits) for kernel in kernels]
+    def bind(x: Tensor, n: int) -> list[Call]:
+        return [partial(kernel, x, None, activation_bits) for kernel in kernels[:n]]
 
     dense = partial(ops.dequantize_tiled, first, out_features, in_features)
     name = f"{scheme.label}-a{activation_bits}"

@@ -28,9 +28,9 @@ def bf16(shape: Shape) -> Candidate:
     size = 2 * first.numel()
     pool = [first, *(first.clone() for _ in range(pool_size(size) - 1))]
 
-    def bind(x: Tensor) -> list[Call]:
+    def bind(x: Tensor, n: int) -> list[Call]:
         narrow = x.bfloat16()
-        return [lambda w=w: F.linear(narrow, w) for w in pool]  # type: ignore[misc]
+        return [lambda w=w: F.linear(narrow, w) for w in pool[:n]]  # type: ignore[misc]
 
     return Candidate(BF16_NAME, 16, size, bind, lambda: first, BF16)
 
@@ -41,9 +41,9 @@ def _int8_weights(shape: Shape) -> Candidate:
     scales = (torch.rand(shape[0]) + 0.5).bfloat16()
     pool = [first, *(first.clone() for _ in range(pool_size(first.numel()) - 1))]
 
-    def bind(x: Tensor) -> list[Call]:
+    def bind(x: Tensor, n: int) -> list[Call]:
         narrow = x.bfloat16()
-        return [lambda w=w: torch._weight_int8pack_mm(narrow, w, scales) for w in pool]  # type: ignore[misc]
+        return [lambda w=w: torch._weight_int8pack_mm(narrow, w, scales) for w in pool[:n]]  # type: ignore[misc]
 
     def dense() -> Tensor:
         return first.float() * scales.float()[:, None]
@@ -58,8 +58,8 @@ def _dynamic_int8(shape: Shape) -> Candidate:
     size = drawn.numel()
     pool = [torch.ops.quantized.linear_prepack(quantized, None) for _ in range(pool_size(size))]
 
-    def bind(x: Tensor) -> list[Call]:
-        return [lambda w=w: torch.ops.quantized.linear_dynamic(x, w) for w in pool]  # type: ignore[misc]
+    def bind(x: Tensor, n: int) -> list[Call]:
+        return [lambda w=w: torch.ops.quantized.linear_dynamic(x, w) for w in pool[:n]]  # type: ignore[misc]
 
     return Candidate("torch dynamic int8", 8, size, bind, quantized.dequantize, INT8_ACTIVATIONS)
 
@@ -75,11 +75,11 @@ def _int4(shape: Shape, group: int) -> Candidate:
     size = first.numel() * first.element_size() + both.numel() * 2
     pool = [(first.clone(), both.clone()) for _ in range(pool_size(size))]
 
-    def bind(x: Tensor) -> list[Call]:
+    def bind(x: Tensor, n: int) -> list[Call]:
         narrow = x.bfloat16()
         return [
             lambda w=w, s=s: torch._weight_int4pack_mm_for_cpu(narrow, w, group, s)  # type: ignore[misc]
-            for w, s in pool
+            for w, s in pool[:n]
         ]
 
     def dense() -> Tensor:
