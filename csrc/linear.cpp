@@ -9,7 +9,7 @@ namespace lwquant {
 namespace {
 
 // Below this many products a second thread costs more to wake than it saves.
-constexpr int64_t kProductsPerThread = int64_t{1} << 18;
+constexpr int64_t kProductsPerThread = int64_t{1} << 19;
 constexpr int64_t kBlockRows = 4 * kTileOutputs;  // of one task
 constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of activations
 constexpr int64_t kMinBlockTokens = 16;
