@@ -12,8 +12,9 @@ Bandwidth and int8 rate are probed between the rounds. A time is the best of the
 best that was seen beside it; roof_fraction is the larger of bytes / bandwidth and operations / int8
 rate, over the time. A peer is compared at its own width: Q2_K with 2 bits, Q4_0 and Q4_K with 4;
 ratio is its time over ours. onnxruntime has our group size (128 for whole rows), torch's int4 the
-largest that fits. Activations are those that quantizing would choose for most layers: 8 bits for
-weights of up to 4, else 16; --activation-bits says otherwise.
+largest that fits. Activations are 8 bits for weights of up to 4, else 16, which is what quantizing
+chooses for 2-bit linears, most 3-bit and about half of the 4-bit ones, and all wider ones;
+--activation-bits says otherwise.
 """
 
 from __future__ import annotations
