@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kLaneCodes = 8;
 constexpr int64_t kAhead = 6144;  // bytes of a stream that are fetched ahead of their use
-constexpr int kStreams = 4;
+constexpr int kStreams = 4;        // tiles that are read in turns
 
 // Where lane j (8 codes, `BITS` bytes) and slot i (one code) find their bits.
 template <int BITS>
@@ -130,11 +130,11 @@ INLINE void add_products(__m512i& sum, __m512i codes, __m512i four) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(four));
 }
 
-// What TOKENS tokens and ROWS tiles add up in one span: with BYTES 2 the high bytes of activations
-// and the low ones apart.
-template <int TOKENS, int ROWS, int BYTES>
+// What TOKENS tokens and TILES tiles (or as many sets of sums for one tile) add up in one span: with
+// BYTES 2 the high bytes of activations and the low ones apart.
+template <int TOKENS, int TILES, int BYTES>
 struct Sums {
-  __m512i of[BYTES][ROWS][TOKENS];
+  __m512i of[BYTES][TILES][TOKENS];
 
   INLINE void clear() {
     for (auto& part : of) {
@@ -196,9 +196,9 @@ INLINE void store_rows(const Tiles& w, int64_t tile, const float* bias, __m512 t
   _mm512_mask_storeu_ps(y + row, present, _mm512_add_ps(total, shift));
 }
 
-// Few tokens: y of ROWS tiles for TOKENS tokens from `token` on, codes unpacked into registers.
+// Few tokens: y of TILES tiles for all of the TOKENS tokens, codes unpacked into registers.
 // The tiles take turns span by span: several streams come from memory faster than one.
-template <int BITS, int ROWS, int TOKENS, int BYTES>
+template <int BITS, int TILES, int TOKENS, int BYTES>
 void multiply_few(const Tiles& w, const Activations& a, int64_t tile, const float* bias, float* y) {
   // One dot product has to wait for the last into the same sum: with few tokens, more sums.
   constexpr int kSets = TOKENS <= 2 ? 2 : 1;
@@ -208,24 +208,24 @@ void multiply_few(const Tiles& w, const Activations& a, int64_t tile, const floa
   // in its tile, then in the tile that comes after these, so that nothing is left out.
   const int64_t step = w.tile_bytes / walk.blocks_left;
   const uint8_t* const never = w.first + 2 * w.n_tiles * w.tile_bytes;
-  const uint8_t *codes[ROWS], *ahead[ROWS], *end[ROWS];
-  Params params[ROWS];
-  __m512 total[ROWS][TOKENS];
-  for (int r = 0; r < ROWS; ++r) {
+  const uint8_t *codes[TILES], *ahead[TILES], *end[TILES];
+  Params params[TILES];
+  __m512 total[TILES][TOKENS];
+  for (int r = 0; r < TILES; ++r) {
     const uint8_t* begin = w.first + (tile + r) * w.tile_bytes;
     codes[r] = begin + w.codes_offset, ahead[r] = begin + kAhead, end[r] = begin + w.tile_bytes;
     params[r] = first_params(w, tile + r);
     for (__m512& each : total[r]) each = _mm512_setzero_ps();
   }
   for (int64_t group = 0; group < w.n_groups; ++group) {
-    GroupParams of_group[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
+    GroupParams of_group[TILES];
+    for (int r = 0; r < TILES; ++r) {
       of_group[r].load(w, params[r]);
       params[r].at += w.group_bytes;
     }
     for (const int64_t stop = walk.group_stop(a); walk.span < stop; ++walk.span) {
       const int64_t n_blocks = walk.blocks(a), first = walk.span * a.n_tokens;
-      for (int r = 0; r < ROWS; ++r) {
+      for (int r = 0; r < TILES; ++r) {
         const uint8_t* quads = a.quads + first * a.span_bytes;
         Sums<TOKENS, kSets, BYTES> sums;
         sums.clear();
@@ -241,7 +241,7 @@ void multiply_few(const Tiles& w, const Activations& a, int64_t tile, const floa
               }
             }
           }
-          if (ahead[r] >= end[r]) ahead[r] += (ROWS - 1) * w.tile_bytes, end[r] = never;
+          if (ahead[r] >= end[r]) ahead[r] += (TILES - 1) * w.tile_bytes, end[r] = never;
           prefetch_lines(ahead[r], BITS + 1);
           codes[r] += BITS * kLine, quads += kBlockVectors * kBytes, ahead[r] += step;
         }
@@ -260,27 +260,27 @@ void multiply_few(const Tiles& w, const Activations& a, int64_t tile, const floa
     }
     for (int t = 0; t < TOKENS; ++t) {
       const __m512 inputs = _mm512_set1_ps(a.group_sum[group * a.n_tokens + t]);
-      for (int r = 0; r < ROWS; ++r) {
+      for (int r = 0; r < TILES; ++r) {
         total[r][t] = _mm512_fnmadd_ps(of_group[r].below, inputs, total[r][t]);
       }
     }
   }
   for (int t = 0; t < TOKENS; ++t) {
-    for (int r = 0; r < ROWS; ++r) {
+    for (int r = 0; r < TILES; ++r) {
       store_rows(w, tile + r, bias, total[r][t], y + t * w.is.out_features);
     }
   }
 }
 
-// Many tokens: the codes of a span of ROWS tiles, unpacked once for all of them.
+// Many tokens: the codes of a span of TILES tiles, unpacked once for all of them.
 constexpr int kPanelTokens = 64;  // whose totals stay in the L1 cache beside the codes
-constexpr int kPanelTiles = 2;
+constexpr int kPanelTiles = 2;     // unpacked together
 
-template <int ROWS>
+template <int TILES>
 struct Panel {
-  alignas(kLine) uint8_t codes[ROWS][kMaxSpanBlocks * kBlockVectors * kLine];
-  alignas(kLine) float totals[kPanelTokens][ROWS][kTileOutputs];
-  GroupParams of_group[ROWS];
+  alignas(kLine) uint8_t codes[TILES][kMaxSpanBlocks * kBlockVectors * kLine];
+  alignas(kLine) float totals[kPanelTokens][TILES][kTileOutputs];
+  GroupParams of_group[TILES];
 };
 
 // One span of a panel: where it is in the layer, and the sums of its group's inputs, by token, once
@@ -291,27 +291,27 @@ struct PanelSpan {
 };
 
 // Adds what one span makes of TOKENS tokens to their totals.
-template <int ROWS, int TOKENS, int BYTES>
-INLINE void add_span(Panel<ROWS>& panel, const Activations& a, const PanelSpan& s, int64_t token) {
+template <int TILES, int TOKENS, int BYTES>
+INLINE void add_span(Panel<TILES>& panel, const Activations& a, const PanelSpan& s, int64_t token) {
   constexpr int kBytes = BYTES * kQuad;
   const int64_t at = s.span * a.n_tokens + s.first_token + token;
   const uint8_t* quads = a.quads + at * a.span_bytes;
-  Sums<TOKENS, ROWS, BYTES> sums;
+  Sums<TOKENS, TILES, BYTES> sums;
   sums.clear();
   for (int64_t v = 0; v < s.n_vectors; ++v, quads += kBytes) {
-    __m512i codes[ROWS];
-    for (int r = 0; r < ROWS; ++r) codes[r] = _mm512_load_si512(panel.codes[r] + v * kLine);
+    __m512i codes[TILES];
+    for (int r = 0; r < TILES; ++r) codes[r] = _mm512_load_si512(panel.codes[r] + v * kLine);
     for (int t = 0; t < TOKENS; ++t) {
       for (int b = 0; b < BYTES; ++b) {
         const uint8_t* four = quads + t * a.span_bytes + b * kQuad;
         const __m512i q = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(four));
-        for (int r = 0; r < ROWS; ++r) add_products(sums.of[b][r][t], codes[r], q);
+        for (int r = 0; r < TILES; ++r) add_products(sums.of[b][r][t], codes[r], q);
       }
     }
   }
   for (int t = 0; t < TOKENS; ++t) {
     const __m512 own = _mm512_set1_ps(a.span_scale[at + t]);
-    for (int r = 0; r < ROWS; ++r) {
+    for (int r = 0; r < TILES; ++r) {
       float* totals = panel.totals[token + t][r];
       const __m512 both = _mm512_mul_ps(panel.of_group[r].scales, own);
       __m512 total = _mm512_fmadd_ps(sums.total(r, t), both, _mm512_load_ps(totals));
@@ -324,40 +324,40 @@ INLINE void add_span(Panel<ROWS>& panel, const Activations& a, const PanelSpan& 
   }
 }
 
-template <int ROWS, int BYTES>
-INLINE void add_span_of_all(Panel<ROWS>& panel, const Activations& a, const PanelSpan& s) {
+template <int TILES, int BYTES>
+INLINE void add_span_of_all(Panel<TILES>& panel, const Activations& a, const PanelSpan& s) {
   constexpr int kAtOnce = BYTES == 1 ? 8 : 4;  // 16 sums, each of which is added to in turn
   int64_t t = 0;
-  for (; t + kAtOnce <= s.n_tokens; t += kAtOnce) add_span<ROWS, kAtOnce, BYTES>(panel, a, s, t);
-  for (; t + 2 <= s.n_tokens; t += 2) add_span<ROWS, 2, BYTES>(panel, a, s, t);
-  if (t < s.n_tokens) add_span<ROWS, 1, BYTES>(panel, a, s, t);
+  for (; t + kAtOnce <= s.n_tokens; t += kAtOnce) add_span<TILES, kAtOnce, BYTES>(panel, a, s, t);
+  for (; t + 2 <= s.n_tokens; t += 2) add_span<TILES, 2, BYTES>(panel, a, s, t);
+  if (t < s.n_tokens) add_span<TILES, 1, BYTES>(panel, a, s, t);
 }
 
-template <int BITS, int ROWS, int BYTES>
+template <int BITS, int TILES, int BYTES>
 void multiply_many(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
                    float* y) {
-  Panel<ROWS> panel;
+  Panel<TILES> panel;
   for (int64_t first = 0; first < a.n_tokens; first += kPanelTokens) {
     const int64_t rest = a.n_tokens - first;
     const int64_t n_tokens = rest < kPanelTokens ? rest : kPanelTokens;
     for (int64_t t = 0; t < n_tokens; ++t) {
-      for (int r = 0; r < ROWS; ++r) _mm512_store_ps(panel.totals[t][r], _mm512_setzero_ps());
+      for (int r = 0; r < TILES; ++r) _mm512_store_ps(panel.totals[t][r], _mm512_setzero_ps());
     }
-    Params params[ROWS];
-    const uint8_t* codes[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
+    Params params[TILES];
+    const uint8_t* codes[TILES];
+    for (int r = 0; r < TILES; ++r) {
       params[r] = first_params(w, tile + r);
       codes[r] = w.first + (tile + r) * w.tile_bytes + w.codes_offset;
     }
     Walk walk = {0, w.padded_inputs / kBlockInputs};
     for (int64_t group = 0; group < w.n_groups; ++group) {
-      for (int r = 0; r < ROWS; ++r) {
+      for (int r = 0; r < TILES; ++r) {
         panel.of_group[r].load(w, params[r]);
         params[r].at += w.group_bytes;
       }
       for (const int64_t stop = walk.group_stop(a); walk.span < stop; ++walk.span) {
         const int64_t n_blocks = walk.blocks(a);
-        for (int r = 0; r < ROWS; ++r) {
+        for (int r = 0; r < TILES; ++r) {
           for (int64_t block = 0; block < n_blocks; ++block, codes[r] += BITS * kLine) {
             __m512i packed[BITS], unpacked[kBlockVectors];
             for (int i = 0; i < BITS; ++i) packed[i] = _mm512_load_si512(codes[r] + i * kLine);
@@ -370,13 +370,13 @@ void multiply_many(const Tiles& w, const Activations& a, int64_t tile, const flo
         walk.blocks_left -= n_blocks;
         const bool last = walk.span + 1 == stop;
         const float* group_sum = a.group_sum + group * a.n_tokens + first;
-        add_span_of_all<ROWS, BYTES>(panel, a,
+        add_span_of_all<TILES, BYTES>(panel, a,
                                      {walk.span, n_blocks * kBlockVectors, first, n_tokens,
                                       last ? group_sum : nullptr});
       }
     }
     for (int64_t t = 0; t < n_tokens; ++t) {
-      for (int r = 0; r < ROWS; ++r) {
+      for (int r = 0; r < TILES; ++r) {
         float* out = y + (first + t) * w.is.out_features;
         store_rows(w, tile + r, bias, _mm512_load_ps(panel.totals[t][r]), out);
       }
@@ -386,14 +386,14 @@ void multiply_many(const Tiles& w, const Activations& a, int64_t tile, const flo
 
 constexpr int kFewTokens = 4;
 
-template <int BITS, int ROWS, int BYTES>
+template <int BITS, int TILES, int BYTES>
 void multiply_rows(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
                    float* y) {
   switch (a.n_tokens) {
-    case 1: return multiply_few<BITS, ROWS, 1, BYTES>(w, a, tile, bias, y);
-    case 2: return multiply_few<BITS, ROWS, 2, BYTES>(w, a, tile, bias, y);
-    case 3: return multiply_few<BITS, ROWS, 3, BYTES>(w, a, tile, bias, y);
-    default: return multiply_few<BITS, ROWS, 4, BYTES>(w, a, tile, bias, y);
+    case 1: return multiply_few<BITS, TILES, 1, BYTES>(w, a, tile, bias, y);
+    case 2: return multiply_few<BITS, TILES, 2, BYTES>(w, a, tile, bias, y);
+    case 3: return multiply_few<BITS, TILES, 3, BYTES>(w, a, tile, bias, y);
+    default: return multiply_few<BITS, TILES, 4, BYTES>(w, a, tile, bias, y);
   }
 }
 
