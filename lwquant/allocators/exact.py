@@ -10,6 +10,7 @@ from scipy.sparse import csr_array
 
 from lwquant.allocators.knapsack_table import fits_table, solve_by_table
 from lwquant.allocators.problem import Array, Problem
+from lwquant.errors import BudgetError
 
 RELATIVE_GAP = 1e-6
 # Enough where the time is up: costs are estimates, and many equal ones make the proof take long.
@@ -27,8 +28,8 @@ def exact(problem: Problem, budget: int, *, seconds: float = 10.0) -> list[int]:
         seconds: that the solver may take to prove the cost least to a relative gap of 1e-6. Then
             a plan proved to be within 1e-3 of the least cost will do.
 
-    Raises BudgetError outside floor and ceiling and where no plan within the budget is fast enough,
-    RuntimeError when the solver proves no optimum.
+    Raises BudgetError outside floor and ceiling, where no plan within the budget is fast enough,
+    and when nothing is proved in that time.
     """
     problem.check(budget)
     if problem.max_time is None and fits_table(problem, budget):
@@ -54,7 +55,11 @@ def exact(problem: Problem, budget: int, *, seconds: float = 10.0) -> list[int]:
         check_time(problem, budget)
     proved = result.status == 0 or (result.mip_gap is not None and result.mip_gap <= LAST_GAP)
     if result.x is None or not proved:
-        raise RuntimeError(f"the solver found no optimal plan: {result.message}")
+        raise BudgetError(
+            f"no plan was proved within {LAST_GAP} of the least cost in {seconds:g} seconds "
+            f"({result.message}): give the allocator more, "
+            f'allocator={{"name": "exact", "seconds": {6 * seconds:g}}}, or take another'
+        )
     picked = np.flatnonzero(result.x > 0.5)
     choice = np.empty(len(problem.names), dtype=int)
     choice[rows[picked]] = columns[picked]

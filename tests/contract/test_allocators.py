@@ -320,3 +320,12 @@ def test_pins_that_cannot_be_are_refused():
     tied = tie(problem, [["layers.0.q_proj", "layers.0.k_proj"]])
     with pytest.raises(PlanError, match="two different schemes"):
         pin(tied, {"layers.0.q_proj": report.schemes[0], "layers.0.k_proj": report.schemes[1]})
+
+
+def test_a_solver_without_time_says_what_would_help(monkeypatch):
+    monkeypatch.setattr(knapsack_table, "MOST_CELLS", 0)
+    problem = problem_of(make_report(n_blocks=40))
+    with pytest.raises(
+        BudgetError, match=r"no plan was proved .* in 1e-09 seconds .*seconds\": 6e-09"
+    ):
+        exact(problem, int(3.3 * problem.n_weights), seconds=1e-9)
