@@ -169,25 +169,19 @@ class TiledLinear {
                   pointer<float>(y));
   }
 
+  void dequantize(int64_t row, int64_t n_rows, int64_t n_threads, Address out) const {
+    require(out && n_threads >= 1, "no address for the result, or no threads");
+    require(row >= 0 && row % kTileOutputs == 0 && n_rows >= 0 &&
+                row + n_rows <= tiles_.is.out_features,
+            "rows outside the layer, or not from a tile's first on");
+    dequantize_tiles(tiles_, outliers_, row / kTileOutputs, n_rows, static_cast<int>(n_threads),
+                     pointer<float>(out));
+  }
+
  private:
   Tiles tiles_;
   Outliers outliers_;
 };
-
-void bind_dequantize_tiles(Address data, int64_t size, int64_t out_features, int64_t in_features,
-                           Address outlier_values, Address outlier_columns, bool wide_columns,
-                           Address outlier_rows, int64_t n_outliers, int64_t row, int64_t n_rows,
-                           int64_t n_threads, Address out) {
-  const Tiles tiles = require_tiles(data, size, out_features, in_features);
-  const Outliers outliers =
-      make_outliers({outlier_values, outlier_columns, wide_columns, outlier_rows, n_outliers},
-                    out_features, in_features);
-  require(out && n_threads >= 1, "no address for the result, or no threads");
-  require(row >= 0 && row % kTileOutputs == 0 && n_rows >= 0 && row + n_rows <= out_features,
-          "rows outside the layer, or not from a tile's first on");
-  dequantize_tiles(tiles, outliers, row / kTileOutputs, n_rows, static_cast<int>(n_threads),
-                   pointer<float>(out));
-}
 
 void bind_dequantize(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
                      Address scales, bool scale_bytes, int64_t n_groups, Address zeros,
@@ -289,11 +283,11 @@ NB_MODULE(_kernels, m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<TiledLinear>(m, "TiledLinear")
       .def(nb::init<Address, int64_t, int64_t, int64_t, Address, Address, bool, Address, int64_t>())
-      .def("run", &TiledLinear::run, Unlocked());
+      .def("run", &TiledLinear::run, Unlocked())
+      .def("dequantize", &TiledLinear::dequantize, Unlocked());
   m.def("tiles_size", bind_tiles_size);
   m.def("make_tiles", bind_make_tiles, Unlocked());
   m.def("unmake_tiles", bind_unmake_tiles, Unlocked());
-  m.def("dequantize_tiles", bind_dequantize_tiles, Unlocked());
   m.def("dequantize", bind_dequantize, Unlocked());
   m.def("pack", bind_pack, Unlocked());
   m.def("unpack", bind_unpack, Unlocked());

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lwquant.ops.activations import BLOCK, rounded_activations
-from lwquant.scheme import QuantScheme
+from lwquant.ops.activations import rounded_activations
+from lwquant.ops.tiles import fits_kernels
 from lwquant.types import QuantizedWeight
 
 # Share of the squared output error of the rounded weight that int8 activations may add.
@@ -23,12 +23,6 @@ def sample_of(inputs: Tensor) -> Tensor:
     """Some of the tokens of inputs (..., in_features), evenly spread: (n, in_features) float32."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     return flat[:: max(1, len(flat) // SAMPLED_TOKENS)].float().clone()
-
-
-def fits_kernels(scheme: QuantScheme, in_features: int) -> bool:
-    """Whether there are integer kernels for such a layer: csrc/tiles.h."""
-    whole_row = scheme.group_size >= in_features
-    return not scheme.codebook and (whole_row or scheme.group_size % BLOCK == 0)
 
 
 def activation_bits(inputs: Tensor, target: Tensor, quantized: QuantizedWeight) -> int:

@@ -209,11 +209,8 @@ def _quantize_and_save(
     with new_folder(output, overwrite) as folder, extra_files(opened) as extras:
         writer = ModelWriter(folder, opened.source, decoder.linears, decoder.model, decoder.key_of)
 
-        activation_bits: dict[str, int] = {}
-
         def keep(done: QuantizedLinearResult) -> None:
             if isinstance(done.weight, QuantizedWeight):
-                activation_bits[done.spec.name] = done.weight.activation_bits
                 notes.extend(f"{done.spec.name}: {note}" for note in done.weight.notes)
                 writer.linear(done.spec, done.weight)
             else:
@@ -242,7 +239,7 @@ def _quantize_and_save(
             size_bytes=size_bytes,
             original_size_bytes=opened.source.size_bytes,
             linears={
-                name: LinearRecord(scheme, plan.costs.get(name), activation_bits.get(name))
+                name: LinearRecord(scheme, plan.costs.get(name), writer.activation_bits.get(name))
                 for name, scheme in plan.schemes.items()
             },
             transform=opened.transform,

@@ -135,7 +135,6 @@ def library() -> Library:
     base.ggml_quantize_chunk.argtypes = [
         c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p
     ]  # fmt: skip
-    base.ggml_nbytes.restype, base.ggml_nbytes.argtypes = c_size_t, [c_void_p]
     base.ggml_row_size.restype, base.ggml_row_size.argtypes = c_size_t, [c_int, c_int64]
     base.ggml_blck_size.restype, base.ggml_blck_size.argtypes = c_int64, [c_int]
     base.ggml_get_type_traits.restype = c_void_p

@@ -73,7 +73,7 @@ class ModelWriter:
         self._missing = {spec.name for spec in linears}
         self._weights = {f"{name}.weight" for name in self._missing}
         self._written: dict[str, QuantScheme] = {}
-        self._int8_activations: set[str] = set()
+        self.activation_bits: dict[str, int] = {}  # of the quantized linears written so far
 
     def linear(self, spec: LinearSpec, weight: QuantizedWeight | Tensor) -> None:
         """Write one linear: quantized, or float16/bfloat16 (out_features, in_features).
@@ -94,8 +94,7 @@ class ModelWriter:
             for name, tensor in tensors_of(spec.name, weight):
                 self._shards.add(name, tensor)
             self._written[spec.name] = weight.scheme
-            if weight.activation_bits == 8:
-                self._int8_activations.add(spec.name)
+            self.activation_bits[spec.name] = weight.activation_bits
         else:
             self._shards.add(f"{spec.name}.weight", self._as_stored(spec.name, weight))
             self._written[spec.name] = QuantScheme(FLOAT_BITS)
@@ -139,7 +138,8 @@ class ModelWriter:
             # Without it dtype="auto" takes the dtype of the first float in the file: our scales.
             key = next(key for key, name in self._names.items() if name in self._weights)
             config["dtype"] = str(self._checkpoint.dtype(key)).removeprefix("torch.")
-        config["quantization_config"] = quantization_config(schemes, bpw, self._int8_activations)
+        narrow = [name for name, bits in self.activation_bits.items() if bits == 8]
+        config["quantization_config"] = quantization_config(schemes, bpw, narrow)
         path = self._folder / "config.json"
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

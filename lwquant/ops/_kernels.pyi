@@ -17,6 +17,7 @@ class TiledLinear:
     def run(
         self, x: int, n_tokens: int, bias: int, activation_bits: int, n_threads: int, y: int, /
     ) -> bool: ...
+    def dequantize(self, row: int, n_rows: int, n_threads: int, out: int, /) -> None: ...
 
 def tiles_size(
     out_features: int,
@@ -54,22 +55,6 @@ def unmake_tiles(
     codes: int,
     scales: int,
     zeros: int,
-    /,
-) -> None: ...
-def dequantize_tiles(
-    tiles: int,
-    size: int,
-    out_features: int,
-    in_features: int,
-    outlier_values: int,
-    outlier_columns: int,
-    wide_columns: bool,
-    outlier_rows: int,
-    n_outliers: int,
-    row: int,
-    n_rows: int,
-    n_threads: int,
-    out: int,
     /,
 ) -> None: ...
 def dequantize(

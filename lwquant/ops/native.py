@@ -174,15 +174,15 @@ class TiledLinear:
         self, tiles: Tensor, out_features: int, in_features: int, outliers: OutlierTensors
     ) -> None:
         """ValueError where the tiles are those of another layer or outliers lie outside it."""
-        self._tensors = tiles, _contiguous(outliers)
+        self.tiles, self._outliers = tiles, _contiguous(outliers)
         self.in_features, self.out_features = in_features, out_features
-        self._run: Callable[..., bool] = _kernels.TiledLinear(  # type: ignore[union-attr]
+        self._checked = _kernels.TiledLinear(  # type: ignore[union-attr]
             tiles.data_ptr(),
             tiles.numel(),
             out_features,
             in_features,
-            *_outlier_layout(self._tensors[1]),
-        ).run
+            *_outlier_layout(self._outliers),
+        )
 
     def __call__(self, x: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor | None:
         """(..., in_features) → (..., out_features), contiguous float32 as bias is.
@@ -193,7 +193,7 @@ class TiledLinear:
         tests/unit/test_ops_linear.py derives the bound and holds every kernel to it.
         """
         y = x.new_empty((*x.shape[:-1], self.out_features))
-        done = self._run(
+        done = self._checked.run(
             x.data_ptr(),
             x.numel() // self.in_features,
             0 if bias is None else bias.data_ptr(),
@@ -203,34 +203,19 @@ class TiledLinear:
         )
         return y if done else None
 
-
-def dequantize_tiles_native(
-    tiles: Tensor, out_features: int, in_features: int, outliers: OutlierTensors
-) -> Tensor:
-    out = torch.empty(out_features, in_features)
-    _dequantize_tiled_rows(tiles, out_features, _contiguous(outliers), 0, out)
-    return out
+    def dequantize_rows(self, row: int, out: Tensor) -> None:
+        """Rows [row, row + len(out)) of the weight into `out`; `row` is the first of a tile."""
+        self._checked.dequantize(row, out.shape[0], torch.get_num_threads(), out.data_ptr())
 
 
 def panels_are_faster(n_tokens: int) -> bool:
-    """Whether tiled_panels() takes less time than linear_native() on this instruction set."""
-    return isa() == "reference" and n_tokens >= PANEL_TOKENS
+    """Whether tiled_panels() takes less time than the kernel on this instruction set."""
+    return n_tokens >= PANEL_TOKENS and isa() == "reference"
 
 
-def tiled_panels(
-    tokens: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    outliers: OutlierTensors,
-) -> Tensor:
-    """As linear_native, for any inputs: in float32, a panel of unpacked rows at a time."""
-    outliers = _contiguous(outliers)
-
-    def fill(start: int, panel: Tensor) -> None:
-        _dequantize_tiled_rows(tiles, out_features, outliers, start, panel)
-
-    return _by_panels(tokens, bias, out_features, fill)
+def tiled_panels(kernel: TiledLinear, tokens: Tensor, bias: Tensor | None) -> Tensor:
+    """As kernel(), for any inputs: in float32, a panel of unpacked rows at a time."""
+    return _by_panels(tokens, bias, kernel.out_features, kernel.dequantize_rows)
 
 
 def linear_panels(
@@ -272,23 +257,6 @@ def _by_panels(
         fill(start, weight)
         y[:, start:stop] = F.linear(tokens, weight, None if bias is None else bias[start:stop])
     return y
-
-
-def _dequantize_tiled_rows(
-    tiles: Tensor, out_features: int, outliers: OutlierTensors, row: int, out: Tensor
-) -> None:
-    """Rows [row, row + len(out)) of the weight into `out`; `row` is the first of a tile."""
-    _kernels.dequantize_tiles(  # type: ignore[union-attr]
-        tiles.data_ptr(),
-        tiles.numel(),
-        out_features,
-        out.shape[1],
-        *_outlier_layout(outliers),
-        row,
-        out.shape[0],
-        torch.get_num_threads(),
-        out.data_ptr(),
-    )
 
 
 def _dequantize_rows(

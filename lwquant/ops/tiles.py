@@ -13,14 +13,12 @@ from torch import Tensor
 
 from lwquant.errors import LwquantError
 from lwquant.ops import native
+from lwquant.ops.activations import BLOCK
 from lwquant.ops.gradient import of_bias, of_input
 from lwquant.ops.huge_pages import empty_bytes
 from lwquant.ops.native import OutlierTensors
 from lwquant.ops.schema import LIBRARY, check_input, check_outliers, pack
 from lwquant.scheme import QuantScheme, row_words
-
-# Calls with fewer go to the kernel without another look: 15 tokens of 1024 inputs.
-FEW_INPUTS = native.PANEL_TOKENS * 1024
 
 _OUTLIERS = "Tensor? outlier_values=None, Tensor? outlier_columns=None, Tensor? outlier_rows=None"
 LIBRARY.define(
@@ -32,13 +30,19 @@ LIBRARY.define(
 )
 
 
-def tiles_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> int:
-    """What the tiles of such a layer take; 0 where there is no kernel for it.
+def fits_kernels(scheme: QuantScheme, in_features: int) -> bool:
+    """Whether there are integer kernels for such a layer, compiled here or not: csrc/tiles.h.
 
-    There is none without compiled kernels, for codebooks, and for groups that are neither a
-    multiple of 32 inputs nor a whole row.
+    There are none for codebooks, and for groups that are neither a multiple of 32 inputs nor a
+    whole row.
     """
-    if not native.compiled() or scheme.codebook:
+    whole_row = scheme.group_size >= in_features
+    return not scheme.codebook and (whole_row or scheme.group_size % BLOCK == 0)
+
+
+def tiles_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> int:
+    """What the tiles of such a layer take; 0 where there is no compiled kernel for it."""
+    if not native.compiled() or not fits_kernels(scheme, in_features):
         return 0
     return native.tiles_size(
         out_features,
@@ -102,33 +106,28 @@ def _linear(
     _check_tiles(tiles, out_features, x.shape[-1])
     check_outliers(outliers, out_features, x.shape[-1], tiles.device)
     kernel = native.TiledLinear(tiles, out_features, x.shape[-1], outliers)
-    return _run(kernel, x, tiles, bias, outliers, activation_bits)
+    return _run(kernel, x, bias, activation_bits)
 
 
 def _run(
-    kernel: native.TiledLinear,
-    x: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None,
-    outliers: OutlierTensors,
-    activation_bits: int,
+    kernel: native.TiledLinear, x: Tensor, bias: Tensor | None, activation_bits: int
 ) -> Tensor:
     """By the kernel where it can and is faster, else by panels."""
-    wide = x.to(torch.float32).contiguous()
-    wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+    wide, wide_bias = _wide(x), None if bias is None else _wide(bias)
     y = None
-    if not native.panels_are_faster(x.numel() // x.shape[-1]):
+    if not native.panels_are_faster(x.numel() // kernel.in_features):
         y = kernel(wide, wide_bias, activation_bits)
     if y is None:  # or NaN or infinity among the inputs, which integers cannot hold
-        tokens = wide.reshape(-1, x.shape[-1])
-        y = native.tiled_panels(tokens, tiles, wide_bias, kernel.out_features, outliers)
+        y = native.tiled_panels(kernel, wide.reshape(-1, kernel.in_features), wide_bias)
         y = y.view(*x.shape[:-1], kernel.out_features)
-    return y.to(x.dtype)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether a kernel can read it as it is."""
-    return tensor.dtype is torch.float32 and tensor.is_contiguous()
+def _wide(tensor: Tensor) -> Tensor:
+    """Contiguous float32; conversions that change nothing take their microseconds, too."""
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.to(torch.float32).contiguous()
 
 
 class TiledLinear:
@@ -141,8 +140,12 @@ class TiledLinear:
     def __init__(
         self, tiles: Tensor, out_features: int, in_features: int, outliers: OutlierTensors
     ) -> None:
-        self.tiles, self._outliers = tiles, outliers
+        self._outliers = outliers
         self._kernel = native.TiledLinear(tiles, out_features, in_features, outliers)
+
+    @property
+    def tiles(self) -> Tensor:
+        return self._kernel.tiles
 
     def __call__(self, x: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor:
         """As linear_tiled()."""
@@ -156,19 +159,11 @@ class TiledLinear:
             or x.shape[-1] != kernel.in_features
         ):
             seen: Tensor = torch.ops.lwquant.linear_tiled(
-                x, self.tiles, bias, kernel.out_features, *self._outliers, activation_bits
+                x, kernel.tiles, bias, kernel.out_features, *self._outliers, activation_bits
             )
             return seen
-        if (
-            _plain(x)
-            and x.numel() < FEW_INPUTS
-            and (bias is None or (_plain(bias) and bias.shape == (kernel.out_features,)))
-        ):
-            y = kernel(x, bias, activation_bits)
-            if y is not None:
-                return y
         check_input(x, bias, kernel.out_features)
-        return _run(kernel, x, self.tiles, bias, self._outliers, activation_bits)
+        return _run(kernel, x, bias, activation_bits)
 
 
 def _dequantize(
@@ -182,7 +177,9 @@ def _dequantize(
     outliers = (outlier_values, outlier_columns, outlier_rows)
     _check_tiles(tiles, out_features, in_features)
     check_outliers(outliers, out_features, in_features, tiles.device)
-    return native.dequantize_tiles_native(tiles, out_features, in_features, outliers)
+    weight = torch.empty(out_features, in_features)
+    native.TiledLinear(tiles, out_features, in_features, outliers).dequantize_rows(0, weight)
+    return weight
 
 
 def _linear_fake(

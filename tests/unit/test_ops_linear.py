@@ -157,8 +157,8 @@ def assert_within_bound(layer: Layer, x: Tensor, token_counts: tuple[int, ...] =
         exact, error = layer.oracle(x, bits)
         rounding = torch.finfo(x.dtype)
         error = error + exact.abs() * rounding.eps / 2 + rounding.smallest_normal * rounding.eps
-        run = partial(layer.linear, activation_bits=bits)
-        runs = [(run, n) for n in (*token_counts, x.shape[0])]
+        rounding_inputs = partial(layer.linear, activation_bits=bits)
+        runs = [(rounding_inputs, n) for n in (*token_counts, x.shape[0])]
         for run, n in [*runs, (layer.plain_linear, x.shape[0])]:
             got = run(x[:n])
             assert got.dtype == x.dtype
