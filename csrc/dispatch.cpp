@@ -7,7 +7,7 @@
 namespace lwquant {
 namespace {
 
-constexpr int kMaxIsas = 3;
+constexpr int kMaxIsas = 4;
 
 const Isa* best_isa() {
   const Isa* found[kMaxIsas];
@@ -33,6 +33,9 @@ int available_isas(const Isa** out, int capacity) {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
     add(kAvx2);
+#ifdef LWQUANT_AVX_VNNI
+    if (__builtin_cpu_supports(LWQUANT_AVX_VNNI)) add(kAvxVnni);
+#endif
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
       add(kAvx512Vnni);

@@ -66,8 +66,9 @@ struct Activations {
 constexpr int kMaxSpanBlocks = 4;
 // At 16 bits q = 256 * high + low, and the low byte is signed, too.
 constexpr int largest_activation(int bits) { return bits == 8 ? 127 : 127 * 256 + 127; }
-// Four of q as int16, or for Isa::split as int8: at 16 bits the high bytes, then the low ones.
-constexpr int quad_bytes(int bits, bool split) { return bits == 8 && split ? kQuad : 2 * kQuad; }
+// Four of q: int8 each; at 16 bits int16, or the high bytes and then the low ones, as the instruction
+// set wants them.
+constexpr int quad_bytes(int bits) { return bits / 8 * kQuad; }
 
 // A span whose largest value is below this is measured with this instead, so that the scale and
 // its inverse stay normal numbers; the error is then at most 2^-108 an input.
@@ -86,7 +87,6 @@ struct Isa {
   const char* name;
   // n codes of one row stream -> n bytes. Reads ceil(n * bits / 32) words and no more.
   void (*unpack_row)(int bits, const int32_t* words, int64_t n, uint8_t* codes);
-  bool split;  // how it wants activations
   // Writes the quads of n inputs, filled up with zeros to n_padded: a multiple of kBlockInputs.
   Span (*quantize_span)(const float* x, int64_t n, int64_t n_padded, int bits, uint8_t* quads);
   // The tiles' rows of y (n_tokens, out_features) = x Wᵀ + bias; bias may be null.
@@ -98,8 +98,15 @@ struct Isa {
 extern const Isa kReference;
 #ifdef LWQUANT_X86
 extern const Isa kAvx2;
+#ifdef LWQUANT_AVX_VNNI
+extern const Isa kAvxVnni;
+#endif
 extern const Isa kAvx512Vnni;
 #endif
+
+// Isa::unpack_row of several of them
+void unpack_row_avx2(int bits, const int32_t* words, int64_t n, uint8_t* codes);
+void unpack_row_avx512(int bits, const int32_t* words, int64_t n, uint8_t* codes);
 
 // bits.cpp
 int64_t row_words(int64_t n_codes, int bits);

@@ -9,6 +9,8 @@
 namespace lwquant {
 namespace {
 
+constexpr bool kSplit = false;
+
 #include "quantize_span.inc"
 
 void multiply_tile(const Tiles& w, const Activations& a, int64_t tile, const float* bias,
@@ -28,9 +30,9 @@ void multiply_tile(const Tiles& w, const Activations& a, int64_t tile, const flo
           const uint8_t* quads = a.quads + (span * a.n_tokens + token) * a.span_bytes;
           const int64_t all = k + a.span_blocks * kBlockInputs;
           for (const int64_t stop = all < w.padded_inputs ? all : w.padded_inputs; k < stop; ++k) {
-            int16_t q;
-            memcpy(&q, quads, sizeof q);
-            quads += sizeof q;
+            int16_t q = static_cast<int8_t>(*quads);
+            if (a.bits == 16) memcpy(&q, quads, sizeof q);
+            quads += a.bits / 8;
             sum += codes[static_cast<size_t>(row * w.padded_inputs + k)] * q;
           }
           const float both = scale * a.span_scale[span * a.n_tokens + token];
@@ -51,6 +53,6 @@ void multiply_tiles(const Tiles& w, const Activations& a, int64_t tile, int64_t 
 
 }  // namespace
 
-const Isa kReference = {"reference", unpack_row, false, quantize_span, multiply_tiles, &kReferenceRounding};
+const Isa kReference = {"reference", unpack_row, quantize_span, multiply_tiles, &kReferenceRounding};
 
 }  // namespace lwquant

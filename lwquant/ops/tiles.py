@@ -130,6 +130,11 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
+def _is_differentiated(x: Tensor, bias: Tensor | None) -> bool:
+    needed = x.requires_grad or (bias is not None and bias.requires_grad)
+    return needed and torch.is_grad_enabled()
+
+
 class TiledLinear:
     """A layer on tiles, called past torch's dispatcher where nobody but it would see the call.
 
@@ -151,7 +156,7 @@ class TiledLinear:
         """As linear_tiled()."""
         kernel = self._kernel
         if (
-            torch.is_grad_enabled()
+            _is_differentiated(x, bias)
             or torch.compiler.is_compiling()
             or type(x) is not Tensor
             or not x.is_cpu

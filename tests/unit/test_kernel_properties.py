@@ -47,6 +47,12 @@ def test_no_kernel_reads_or_writes_what_it_must_not(tmp_path):
     assert isas_run(program) == list(ops.available_isas())
 
 
+@pytest.mark.skipif("avx512_vnni" not in ops.available_isas(), reason="needs AVX-512 VNNI")
+def test_the_avx_vnni_kernels_compute_the_same_in_the_other_encoding(tmp_path):
+    program = built(tmp_path, "-DLWQUANT_VNNI_OF_AVX512=ON")
+    assert "avx_vnni" in isas_run(program)
+
+
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs Debian's qemu-user")
 def test_every_kernel_runs_on_the_processors_it_is_for(tmp_path):
     program = built(tmp_path, "-DCMAKE_EXE_LINKER_FLAGS=-static")

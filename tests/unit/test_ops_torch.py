@@ -149,6 +149,21 @@ def resident_bytes() -> int:
 reads_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 
 
+def test_a_checked_layer_leaves_the_dispatcher_out_only_where_nothing_is_differentiated():
+    layer = random_layer(6, 40, 4, 32)
+    tiled_linear = ops.TiledLinear(tiled(layer, 4, 32, 40), 6, 40, (None, None, None))
+    x, bias = torch.randn(3, 40), torch.randn(6)
+    plain = tiled_linear(x, bias, 16)
+    assert not plain.requires_grad
+    for wanted in (x, bias):
+        wanted.requires_grad_()
+        y = tiled_linear(x, bias, 16)
+        assert torch.equal(y, plain)
+        (grad,) = torch.autograd.grad(y.sum(), wanted)
+        assert grad.abs().sum() > 0
+        wanted.requires_grad_(False)
+
+
 @reads_proc
 def test_thousands_of_calls_leave_no_memory_behind():
     layer = random_layer(2048, 64, 4, 32)
