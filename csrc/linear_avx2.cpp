@@ -32,11 +32,7 @@ struct Products {
     Vec of[kRun];
 
     INLINE explicit Quads(const uint8_t* at) {
-      for (int i = 0; i < kRun; ++i) {
-        int32_t four;
-        memcpy(&four, at + i * kQuad, sizeof four);
-        of[i] = _mm256_set1_epi32(four);
-      }
+      for (int i = 0; i < kRun; ++i) of[i] = broadcast(at + i * kQuad);
     }
   };
 
@@ -52,7 +48,7 @@ struct Products {
     add(sum, same, codes, Quads(quads));
   }
 
-  static INLINE Floats total(Vec sum, Vec) { return _mm256_cvtepi32_ps(sum); }
+  static INLINE Floats total(Vec sum, Vec) { return to_floats(sum); }
 };
 
 // Rows 0, 1, 4, 5 and rows 2, 3, 6, 7 apart, each the sum of two neighbours.
@@ -65,9 +61,7 @@ struct Products<BITS, BYTES, false> {
 
     INLINE explicit Quads(const uint8_t* at) {
       if (BYTES == 1) {
-        int32_t bytes;
-        memcpy(&bytes, at, sizeof bytes);
-        four = _mm256_cvtepi8_epi16(_mm_set1_epi32(bytes));
+        four = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(broadcast(at)));
       } else {
         int64_t words;
         memcpy(&words, at, sizeof words);
@@ -88,7 +82,7 @@ struct Products<BITS, BYTES, false> {
   }
 
   static INLINE Floats total(Vec first, Vec second) {
-    return _mm256_cvtepi32_ps(_mm256_hadd_epi32(first, second));
+    return to_floats(_mm256_hadd_epi32(first, second));
   }
 };
 

@@ -1,7 +1,6 @@
 // The tiles' matmul with AVX-512 VNNI.
 //
-// A vector is four inputs of 16 rows. `vpdpbusd` multiplies its codes by four activations: once
-// where they are 8 bits, else once by their high and once by their low bytes.
+// A vector is four inputs of 16 rows, multiplied by four activations as products_vnni.inc says.
 #include "kernels.h"
 
 #include <immintrin.h>
@@ -23,6 +22,11 @@ INLINE Vec load(const uint8_t* p) { return _mm512_load_si512(p); }
 INLINE void store(uint8_t* p, Vec v) { _mm512_store_si512(p, v); }
 INLINE Vec none() { return _mm512_setzero_si512(); }
 INLINE Vec add(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
+INLINE Vec broadcast(const uint8_t* at) {
+  int32_t four;
+  memcpy(&four, at, sizeof four);
+  return _mm512_set1_epi32(four);
+}
 
 template <int N>
 INLINE Vec shift_right(Vec v) {
@@ -55,9 +59,10 @@ INLINE Halves shift_left(Halves v) {
   return _mm256_slli_epi16(v, N);
 }
 INLINE Halves add(Halves a, Halves b) { return _mm256_add_epi16(a, b); }
+INLINE Floats to_floats(Vec v) { return _mm512_cvtepi32_ps(v); }
 INLINE Floats to_floats(Halves v) { return _mm512_cvtph_ps(v); }
 INLINE Floats bytes_to_floats(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_bytes(p)));
+  return to_floats(_mm512_cvtepu8_epi32(load_bytes(p)));
 }
 
 INLINE void store_rows(float* out, Floats rows, const float* bias, int64_t n) {
@@ -78,38 +83,9 @@ INLINE void add_products(Vec& sum, Vec codes, Vec four) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(four));
 }
 
-template <int BITS, int BYTES>
-struct Products {
-  static constexpr int kRun = 1, kParts = BYTES;
+INLINE Vec both_bytes(Vec high, Vec low) { return add(low, _mm512_slli_epi32(high, 8)); }
 
-  struct Quads {
-    Vec of[BYTES];
-
-    INLINE explicit Quads(const uint8_t* at) {
-      for (int b = 0; b < BYTES; ++b) {
-        int32_t four;
-        memcpy(&four, at + b * kQuad, sizeof four);
-        of[b] = _mm512_set1_epi32(four);
-      }
-    }
-  };
-
-  static INLINE void add(Vec& high, Vec& low, const Vec* codes, const Quads& quads) {
-    if (BYTES == 2) add_products(high, *codes, quads.of[0]);
-    add_products(low, *codes, quads.of[BYTES - 1]);
-  }
-
-  static INLINE void add_at(Vec& high, Vec& low, const Vec* codes, const uint8_t* quads) {
-    if (BYTES == 2) add_products(high, *codes, quads);
-    add_products(low, *codes, quads + (BYTES - 1) * kQuad);
-  }
-
-  static INLINE Floats total(Vec high, Vec low) {
-    if (BYTES == 2) low = _mm512_add_epi32(low, _mm512_slli_epi32(high, 8));
-    return _mm512_cvtepi32_ps(low);
-  }
-};
-
+#include "products_vnni.inc"
 #include "multiply_tiles.inc"
 
 constexpr int kFloats = 16;  // of a vector

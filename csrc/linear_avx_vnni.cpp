@@ -25,37 +25,13 @@ INLINE void add_products(Vec& sum, Vec codes, Vec four) {
 #endif
 }
 
-template <int BITS, int BYTES>
-struct Products {
-  static constexpr int kRun = 1, kParts = BYTES;
+INLINE void add_products(Vec& sum, Vec codes, const uint8_t* four) {
+  add_products(sum, codes, broadcast(four));
+}
 
-  struct Quads {
-    Vec of[BYTES];
+INLINE Vec both_bytes(Vec high, Vec low) { return add(low, _mm256_slli_epi32(high, 8)); }
 
-    INLINE explicit Quads(const uint8_t* at) {
-      for (int b = 0; b < BYTES; ++b) {
-        int32_t four;
-        memcpy(&four, at + b * kQuad, sizeof four);
-        of[b] = _mm256_set1_epi32(four);
-      }
-    }
-  };
-
-  static INLINE void add(Vec& high, Vec& low, const Vec* codes, const Quads& quads) {
-    if (BYTES == 2) add_products(high, *codes, quads.of[0]);
-    add_products(low, *codes, quads.of[BYTES - 1]);
-  }
-
-  static INLINE void add_at(Vec& high, Vec& low, const Vec* codes, const uint8_t* quads) {
-    add(high, low, codes, Quads(quads));
-  }
-
-  static INLINE Floats total(Vec high, Vec low) {
-    if (BYTES == 2) low = _mm256_add_epi32(low, _mm256_slli_epi32(high, 8));
-    return _mm256_cvtepi32_ps(low);
-  }
-};
-
+#include "products_vnni.inc"
 #include "multiply_tiles.inc"
 
 }  // namespace

@@ -6,9 +6,13 @@
 #include "kernels.h"
 
 #include <immintrin.h>
+#include <string.h>
 
 namespace lwquant {
 namespace {
+
+#include "vectors_256.inc"
+#include "with_width.inc"
 
 constexpr int kLaneCodes = 8;
 constexpr int kMaxWords = 8;
@@ -40,12 +44,6 @@ struct Layout {
 
 template <int BITS>
 constexpr Layout<BITS> kLayout{};
-
-// All ones in the first n of 8 words.
-__m256i low_words(int64_t n) {
-  const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), index);
-}
 
 template <typename T>
 __m256i table(const T* values) {
@@ -99,15 +97,7 @@ void unpack(const int32_t* words, int64_t n, uint8_t* codes) {
 }  // namespace
 
 void unpack_row_avx2(int bits, const int32_t* words, int64_t n, uint8_t* codes) {
-  switch (bits) {
-    case 2: return unpack<2>(words, n, codes);
-    case 3: return unpack<3>(words, n, codes);
-    case 4: return unpack<4>(words, n, codes);
-    case 5: return unpack<5>(words, n, codes);
-    case 6: return unpack<6>(words, n, codes);
-    case 7: return unpack<7>(words, n, codes);
-    default: return unpack<8>(words, n, codes);
-  }
+  with_width(bits, [&](auto width) { unpack<width.bits>(words, n, codes); });
 }
 
 }  // namespace lwquant

@@ -9,6 +9,8 @@
 namespace lwquant {
 namespace {
 
+#include "with_width.inc"
+
 constexpr int kLaneCodes = 8;
 
 // Where lane j (8 codes, `BITS` bytes) and slot i (one code) find their bits.
@@ -80,15 +82,7 @@ void unpack(const int32_t* words, int64_t n, uint8_t* codes) {
 }  // namespace
 
 void unpack_row_avx512(int bits, const int32_t* words, int64_t n, uint8_t* codes) {
-  switch (bits) {
-    case 2: return unpack<2>(words, n, codes);
-    case 3: return unpack<3>(words, n, codes);
-    case 4: return unpack<4>(words, n, codes);
-    case 5: return unpack<5>(words, n, codes);
-    case 6: return unpack<6>(words, n, codes);
-    case 7: return unpack<7>(words, n, codes);
-    default: return unpack<8>(words, n, codes);
-  }
+  with_width(bits, [&](auto width) { unpack<width.bits>(words, n, codes); });
 }
 
 }  // namespace lwquant
