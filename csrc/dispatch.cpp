@@ -7,7 +7,7 @@
 namespace lwquant {
 namespace {
 
-constexpr int kMaxIsas = 4;
+constexpr int kMaxIsas = 5;
 
 const Isa* best_isa() {
   const Isa* found[kMaxIsas];
@@ -39,6 +39,9 @@ int available_isas(const Isa** out, int capacity) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
       add(kAvx512Vnni);
+#ifdef LWQUANT_AMX
+      if (amx_permitted()) add(kAmx);
+#endif
     }
   }
 #endif

@@ -52,8 +52,9 @@ constexpr float byte_zero_step(int bits) { return 1.0f / static_cast<float>(1 <<
 // A span is up to kMaxSpanBlocks blocks of one group: its integer products stay below 2^31.
 struct Activations {
   int bits;                 // 8 or 16
-  const uint8_t* quads;     // (n_spans, n_tokens, span_bytes): four of q together, see quad_bytes();
-                            // zero beyond in_features
+  const uint8_t* quads;     // (n_spans, n_tokens, span_bytes): int8; at 16 bits int16, or all high
+                            // bytes and then all low ones, as the instruction set wants them; zero
+                            // beyond in_features
   const float* span_scale;  // (n_spans, n_tokens)
   const float* group_sum;   // (n_groups, n_tokens): the sum of q * span_scale over the group
   int64_t n_tokens;
@@ -66,9 +67,6 @@ struct Activations {
 constexpr int kMaxSpanBlocks = 4;
 // At 16 bits q = 256 * high + low, and the low byte is signed, too.
 constexpr int largest_activation(int bits) { return bits == 8 ? 127 : 127 * 256 + 127; }
-// Four of q: int8 each; at 16 bits int16, or the high bytes and then the low ones, as the instruction
-// set wants them.
-constexpr int quad_bytes(int bits) { return bits / 8 * kQuad; }
 
 // A span whose largest value is below this is measured with this instead, so that the scale and
 // its inverse stay normal numbers; the error is then at most 2^-108 an input.
@@ -102,11 +100,17 @@ extern const Isa kAvx2;
 extern const Isa kAvxVnni;
 #endif
 extern const Isa kAvx512Vnni;
+#ifdef LWQUANT_AMX
+extern const Isa kAmx;
+#endif
 #endif
 
-// Isa::unpack_row of several of them
+// What several of them have in common
 void unpack_row_avx2(int bits, const int32_t* words, int64_t n, uint8_t* codes);
 void unpack_row_avx512(int bits, const int32_t* words, int64_t n, uint8_t* codes);
+Span quantize_span_avx512(const float* x, int64_t n, int64_t n_padded, int bits, uint8_t* quads);
+void multiply_tiles_avx512(const Tiles&, const Activations&, int64_t tile, int64_t n_tiles,
+                           const float* bias, float* y);
 
 // bits.cpp
 int64_t row_words(int64_t n_codes, int bits);
@@ -146,6 +150,8 @@ float tile_zero(const Tiles&, int64_t tile, int64_t row, int64_t group);
 // activations.cpp: false when a value is NaN or infinite (then quads mean nothing)
 bool quantize_activations(const Isa&, const Tiles&, const Activations&, const float* x,
                           uint8_t* quads, float* span_scale, float* group_sum);
+
+bool amx_permitted();  // amx_permission.cpp
 
 // dispatch.cpp
 int available_isas(const Isa** out, int capacity);  // best last; returns how many

@@ -62,7 +62,7 @@ bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const f
   a.bits = activation_bits;
   a.span_blocks = span_blocks(w);
   const int64_t span_inputs = a.span_blocks * kBlockInputs;
-  a.span_bytes = span_inputs / kQuad * quad_bytes(a.bits);
+  a.span_bytes = span_inputs * a.bits / 8;
   a.n_spans = (w.padded_inputs + span_inputs - 1) / span_inputs;
   a.spans_per_group = (w.is.group_size + span_inputs - 1) / span_inputs;
   // All tokens of a block stay in the L2 cache beside the tile that reads them.

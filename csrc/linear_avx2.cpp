@@ -26,12 +26,12 @@ constexpr int run_length(int bits) {
 
 template <int BITS, int BYTES, bool PAIRS = BYTES == 1 && BITS < 8>
 struct Products {
-  static constexpr int kRun = run_length(BITS), kParts = 1;
+  static constexpr int kRun = run_length(BITS), kParts = 1, kQuadBytes = kQuad;
 
   struct Quads {
     Vec of[kRun];
 
-    INLINE explicit Quads(const uint8_t* at) {
+    INLINE Quads(const uint8_t* at, int64_t) {
       for (int i = 0; i < kRun; ++i) of[i] = broadcast(at + i * kQuad);
     }
   };
@@ -44,8 +44,9 @@ struct Products {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 
-  static INLINE void add_at(Vec& sum, Vec& same, const Vec* codes, const uint8_t* quads) {
-    add(sum, same, codes, Quads(quads));
+  static INLINE void add_at(Vec& sum, Vec& same, const Vec* codes, const uint8_t* quads,
+                            int64_t) {
+    add(sum, same, codes, Quads(quads, 0));
   }
 
   static INLINE Floats total(Vec sum, Vec) { return to_floats(sum); }
@@ -54,12 +55,12 @@ struct Products {
 // Rows 0, 1, 4, 5 and rows 2, 3, 6, 7 apart, each the sum of two neighbours.
 template <int BITS, int BYTES>
 struct Products<BITS, BYTES, false> {
-  static constexpr int kRun = 1, kParts = 2;
+  static constexpr int kRun = 1, kParts = 2, kQuadBytes = BYTES * kQuad;
 
   struct Quads {
     Vec four;
 
-    INLINE explicit Quads(const uint8_t* at) {
+    INLINE Quads(const uint8_t* at, int64_t) {
       if (BYTES == 1) {
         four = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(broadcast(at)));
       } else {
@@ -77,8 +78,9 @@ struct Products<BITS, BYTES, false> {
     second = _mm256_add_epi32(second, _mm256_madd_epi16(high, quads.four));
   }
 
-  static INLINE void add_at(Vec& first, Vec& second, const Vec* codes, const uint8_t* quads) {
-    add(first, second, codes, Quads(quads));
+  static INLINE void add_at(Vec& first, Vec& second, const Vec* codes, const uint8_t* quads,
+                            int64_t) {
+    add(first, second, codes, Quads(quads, 0));
   }
 
   static INLINE Floats total(Vec first, Vec second) {

@@ -9,67 +9,9 @@
 namespace lwquant {
 namespace {
 
-#define INLINE inline __attribute__((always_inline))
+#include "vectors_512.inc"
 
-using Vec = __m512i;
-using Floats = __m512;
-using Halves = __m256i;
-
-constexpr int kRows = 16;
 constexpr int kPanelSums = 16;  // of the 32 registers
-
-INLINE Vec load(const uint8_t* p) { return _mm512_load_si512(p); }
-INLINE void store(uint8_t* p, Vec v) { _mm512_store_si512(p, v); }
-INLINE Vec none() { return _mm512_setzero_si512(); }
-INLINE Vec add(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
-INLINE Vec broadcast(const uint8_t* at) {
-  int32_t four;
-  memcpy(&four, at, sizeof four);
-  return _mm512_set1_epi32(four);
-}
-
-template <int N>
-INLINE Vec shift_right(Vec v) {
-  return _mm512_srli_epi16(v, N);
-}
-INLINE Vec keep(Vec v, int bits) {
-  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(bits)));
-}
-INLINE Vec merge(Vec a, Vec b, int bits) {
-  constexpr int kOrAnd = 0xf8;  // a | (b & c)
-  return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi8(static_cast<char>(bits)), kOrAnd);
-}
-
-INLINE Floats load(const float* p) { return _mm512_load_ps(p); }
-INLINE void store(float* p, Floats v) { _mm512_store_ps(p, v); }
-INLINE Floats all(float value) { return _mm512_set1_ps(value); }
-INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
-
-INLINE __m128i load_bytes(const uint8_t* p) {
-  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-}
-INLINE Halves widen(const uint8_t* p) { return _mm256_cvtepu8_epi16(load_bytes(p)); }
-INLINE Halves load_halves(const uint8_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
-template <int N>
-INLINE Halves shift_left(Halves v) {
-  return _mm256_slli_epi16(v, N);
-}
-INLINE Halves add(Halves a, Halves b) { return _mm256_add_epi16(a, b); }
-INLINE Floats to_floats(Vec v) { return _mm512_cvtepi32_ps(v); }
-INLINE Floats to_floats(Halves v) { return _mm512_cvtph_ps(v); }
-INLINE Floats bytes_to_floats(const uint8_t* p) {
-  return to_floats(_mm512_cvtepu8_epi32(load_bytes(p)));
-}
-
-INLINE void store_rows(float* out, Floats rows, const float* bias, int64_t n) {
-  const __mmask16 present = static_cast<__mmask16>((1u << n) - 1);
-  const Floats shift = bias ? _mm512_maskz_loadu_ps(present, bias) : _mm512_setzero_ps();
-  _mm512_mask_storeu_ps(out, present, _mm512_add_ps(rows, shift));
-}
 
 // Adds the products of 64 codes and four int8 activations, the same for every row. In assembly,
 // since g++ 12 copies every sum before it adds to it.
@@ -83,24 +25,19 @@ INLINE void add_products(Vec& sum, Vec codes, Vec four) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(four));
 }
 
-INLINE Vec both_bytes(Vec high, Vec low) { return add(low, _mm512_slli_epi32(high, 8)); }
-
 #include "products_vnni.inc"
 #include "multiply_tiles.inc"
 
 constexpr int kFloats = 16;  // of a vector
 
-// 16 of q as quads of int8: high bytes and low ones in turns.
-INLINE void store_wide(__m512i q, uint8_t* quads) {
-  const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24);
-  const __m128i high_bytes = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(q, low), 8));
-  const __m128i low_bytes = _mm512_cvtepi32_epi8(low);
-  __m128i* out = reinterpret_cast<__m128i*>(quads);
-  _mm_storeu_si128(out, _mm_unpacklo_epi32(high_bytes, low_bytes));
-  _mm_storeu_si128(out + 1, _mm_unpackhi_epi32(high_bytes, low_bytes));
+// The low bytes of 16 integers.
+INLINE void store_bytes(__m512i q, uint8_t* out) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(q));
 }
 
-Span quantize_span(const float* x, int64_t n, int64_t n_padded, int bits, uint8_t* quads) {
+}  // namespace
+
+Span quantize_span_avx512(const float* x, int64_t n, int64_t n_padded, int bits, uint8_t* quads) {
   __m512 inputs[kMaxSpanBlocks * kBlockInputs / kFloats];
   const int64_t n_vectors = n_padded / kFloats;
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -124,18 +61,23 @@ Span quantize_span(const float* x, int64_t n, int64_t n_padded, int bits, uint8_
   for (int64_t v = 0; v < n_vectors; ++v) {
     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(inputs[v], inverse));  // to nearest
     sum = _mm512_add_epi32(sum, q);
-    if (bits == 8) {
-      __m128i* out = reinterpret_cast<__m128i*>(quads) + v;
-      _mm_storeu_si128(out, _mm512_cvtepi32_epi8(q));
-    } else {
-      store_wide(q, quads + v * 2 * kFloats);
+    uint8_t* out = quads + v * kFloats;
+    if (bits == 16) {
+      const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24);
+      store_bytes(_mm512_srai_epi32(_mm512_sub_epi32(q, low), 8), out);
+      out += n_padded;
     }
+    store_bytes(q, out);
   }
   return {range / steps, _mm512_reduce_add_epi32(sum), true};
 }
 
-}  // namespace
+void multiply_tiles_avx512(const Tiles& w, const Activations& a, int64_t tile, int64_t n_tiles,
+                           const float* bias, float* y) {
+  multiply_tiles(w, a, tile, n_tiles, bias, y);
+}
 
-const Isa kAvx512Vnni = {"avx512_vnni", unpack_row_avx512, quantize_span, multiply_tiles, &kAvx512Rounding};
+const Isa kAvx512Vnni = {"avx512_vnni", unpack_row_avx512, quantize_span_avx512,
+                         multiply_tiles_avx512, &kAvx512Rounding};
 
 }  // namespace lwquant

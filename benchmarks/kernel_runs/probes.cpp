@@ -6,7 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 namespace {
 
@@ -84,7 +86,7 @@ double probe_read(const uint8_t* buffer, size_t n, size_t ahead) {
 
 // Operations a second (a product and its addition are two) of the widest int8 dot product, in
 // registers, with more sums than its latency needs. Written out: g++ 12 keeps arrays in memory.
-double probe_int8(int64_t rounds) {
+double probe_int8_vectors(int64_t rounds) {
   constexpr int kSums = 12;
   Vec a, b;
   memset(&a, 3, sizeof a), memset(&b, 1, sizeof b);
@@ -99,6 +101,36 @@ double probe_int8(int64_t rounds) {
   keep(merge(merge(merge(s0, s1), merge(s2, s3)), merge(merge(s4, s5), merge(s6, s7))));
   keep(merge(merge(s8, s9), merge(s10, s11)));
   return 2.0 * static_cast<double>(rounds) * kSums * sizeof(Vec) / took;
+}
+
+// The same of tile registers, 0 where there are none.
+double probe_int8_tiles(int64_t rounds) {
+#ifdef __AMX_INT8__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18, kSums = 4;
+  constexpr double kProducts = 16 * 16 * 64;
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return 0;
+  alignas(64) uint8_t config[64] = {1};
+  for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64, config[48 + t] = 16;
+  _tile_loadconfig(config);
+  const double start = seconds();
+  for (int64_t i = 0; i < rounds / kSums; ++i) {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+  }
+  const double took = seconds() - start;
+  _tile_release();
+  return 2.0 * static_cast<double>(rounds) * kProducts / took;
+#else
+  (void)rounds;
+  return 0;
+#endif
+}
+
+double probe_int8(int64_t rounds) {
+  const double vectors = probe_int8_vectors(rounds), tiles = probe_int8_tiles(rounds);
+  return tiles > vectors ? tiles : vectors;
 }
 
 }  // extern "C"

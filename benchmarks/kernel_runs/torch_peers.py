@@ -11,11 +11,13 @@ from kernel_runs.candidate import Call, Candidate, Shape, pool_size
 BF16_NAME = "torch bf16"
 BF16 = 2.0**-6  # of the largest output
 INT4_GROUPS = (32, 64, 128)
+DYNAMIC_INT8_ENGINES = ("x86", "onednn")  # which is faster differs between processors
 INT8_ACTIVATIONS = 0.02  # one scale for all tokens, or one for each, and 8 bits
 
 
 def candidates(shape: Shape) -> list[Candidate]:
-    found = [bf16(shape), _int8_weights(shape), _dynamic_int8(shape)]
+    found = [bf16(shape), _int8_weights(shape)]
+    found += [_dynamic_int8(shape, engine) for engine in DYNAMIC_INT8_ENGINES]
     out_features, in_features = shape
     groups = [g for g in INT4_GROUPS if in_features % g == 0 and out_features % 16 == 0]
     if groups:
@@ -51,8 +53,9 @@ def _int8_weights(shape: Shape) -> Candidate:
     return Candidate("torch int8 weights", 8, first.numel(), bind, dense, BF16)
 
 
-def _dynamic_int8(shape: Shape) -> Candidate:
+def _dynamic_int8(shape: Shape, engine: str) -> Candidate:
     """Activations are made int8 in each call."""
+    torch.backends.quantized.engine = engine
     drawn = torch.randn(shape).clamp(-4, 4)
     quantized = torch.quantize_per_tensor(drawn, 4 / 127, 0, torch.qint8)
     size = drawn.numel()
@@ -61,7 +64,9 @@ def _dynamic_int8(shape: Shape) -> Candidate:
     def bind(x: Tensor, n: int) -> list[Call]:
         return [lambda w=w: torch.ops.quantized.linear_dynamic(x, w) for w in pool[:n]]  # type: ignore[misc]
 
-    return Candidate("torch dynamic int8", 8, size, bind, quantized.dequantize, INT8_ACTIVATIONS)
+    return Candidate(
+        f"torch dynamic int8 ({engine})", 8, size, bind, quantized.dequantize, INT8_ACTIVATIONS
+    )
 
 
 def _int4(shape: Shape, group: int) -> Candidate:
