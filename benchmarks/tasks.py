@@ -51,6 +51,12 @@ ROWS = {
     # the largest outputs help? Beside the preset made again, on another machine than preset-2.8.
     "again-2.8": {"bpw": 2.8},
     "unclipped-2.8": {"bpw": 2.8, "unclipped_qk": 0.1},
+    **{f"seed-{seed}-2.8": {"bpw": 2.8, "seed": seed} for seed in (1, 2)},
+    **{
+        f"seed-{seed}-unclipped-2.8": {"bpw": 2.8, "seed": seed, "unclipped_qk": 0.1}
+        for seed in (1, 2)
+    },
+    "unclipped-3.3": {"bpw": 3.3, "unclipped_qk": 0.1},
 }
 SHOWN = ("lambada", "arc", "arc-normalized", "passkey")
 
