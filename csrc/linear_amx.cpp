@@ -144,6 +144,9 @@ void multiply_tiles(const Tiles& w, const Activations& a, int64_t tile, int64_t 
   if (a.n_tokens <= kFewTokens || a.span_blocks * kBlockInputs < kStepInputs) {
     return multiply_tiles_avx512(w, a, tile, n_tiles, bias, y);
   }
+  // Others leave the registers set up for themselves from one call to the next, ggml for one.
+  TileConfig found;
+  _tile_storeconfig(&found);
   with_width(w.is.bits, [&](auto width) {
     constexpr int kBits = decltype(width)::bits;
     if (a.bits == 8) {
@@ -152,7 +155,11 @@ void multiply_tiles(const Tiles& w, const Activations& a, int64_t tile, int64_t 
       multiply_panels<kBits, 2>(w, a, tile, n_tiles, bias, y);
     }
   });
-  _tile_release();
+  if (found.palette) {
+    _tile_loadconfig(&found);
+  } else {
+    _tile_release();
+  }
 }
 
 }  // namespace

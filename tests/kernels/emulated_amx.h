@@ -13,6 +13,7 @@ constexpr int kRegisters = 8, kMostRows = 16, kMostBytes = 64;
 
 struct Registers {
   bool configured = false;
+  uint8_t config[64] = {};
   int rows[kRegisters] = {}, row_bytes[kRegisters] = {};
   uint8_t data[kRegisters][kMostRows][kMostBytes] = {};
 };
@@ -28,11 +29,14 @@ inline void require(bool holds, const char* rule) {
   abort();
 }
 
+inline void store_config(void* memory) { memcpy(memory, registers().config, 64); }
+
 inline void load_config(const void* memory) {
   uint8_t bytes[64];
   memcpy(bytes, memory, sizeof bytes);
   Registers& own = registers();
   own = Registers();
+  memcpy(own.config, bytes, sizeof bytes);
   require(bytes[0] == 1 && bytes[1] == 0, "palette 1, from row 0 on");
   for (int i = 2; i < 16; ++i) require(bytes[i] == 0, "reserved bytes are zero");
   for (int t = 0; t < kRegisters; ++t) {
@@ -94,6 +98,7 @@ inline void add_products(int sums, int a, int b) {
 }  // namespace lwquant
 
 #define _tile_loadconfig(memory) ::lwquant::emulated::load_config(memory)
+#define _tile_storeconfig(memory) ::lwquant::emulated::store_config(memory)
 #define _tile_release() ::lwquant::emulated::release()
 #define _tile_zero(t) ::lwquant::emulated::zero(t)
 #define _tile_loadd(t, memory, stride) ::lwquant::emulated::load(t, memory, stride)

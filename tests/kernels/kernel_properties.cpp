@@ -14,6 +14,10 @@
 #include <memory>
 #include <vector>
 
+#ifdef LWQUANT_EMULATE_AMX
+#include "emulated_amx.h"
+#endif
+
 using namespace lwquant;
 
 namespace {
@@ -286,6 +290,30 @@ void check_rounding(Random& random) {
   }
 }
 
+#ifdef LWQUANT_EMULATE_AMX
+// Other libraries set AMX's registers up once and use them in later calls.
+void check_registers_stay(Random& random) {
+  const Case c = {4, 16, 128, 64, false, Zeros::kNone, 0, Values::kUsual};
+  const Layer l(c, random);
+  const int64_t size = tiles_size(l.weight);
+  std::unique_ptr<uint8_t, void (*)(void*)> data(
+      static_cast<uint8_t*>(aligned_alloc(kLine, static_cast<size_t>(size))), free);
+  make_tiles(l.weight, 1, data.get());
+  Tiles tiles;
+  if (!read_tiles(data.get(), size, &tiles)) fail(c, "its tiles are none");
+  uint8_t others[64] = {1}, after[64];
+  others[16] = 32, others[48] = 8;  // one register, 8 rows of 32 bytes
+  for (const bool configured : {true, false}) {
+    if (!configured) memset(others, 0, sizeof others);
+    if (configured) _tile_loadconfig(others);
+    check_linear(l, tiles, 8, 8, random);
+    _tile_storeconfig(after);
+    if (memcmp(others, after, sizeof after) != 0) fail(c, "linear left other AMX registers");
+    _tile_release();
+  }
+}
+#endif
+
 }  // namespace
 
 int main(int n_arguments, char** arguments) {
@@ -311,6 +339,9 @@ int main(int n_arguments, char** arguments) {
       }
     }
     check_rounding(random);
+#ifdef LWQUANT_EMULATE_AMX
+    check_registers_stay(random);
+#endif
     printf("%s\n", isas[i]->name);
   }
   return 0;
