@@ -144,7 +144,7 @@ void multiply_tiles(const Tiles& w, const Activations& a, int64_t tile, int64_t 
   if (a.n_tokens <= kFewTokens || a.span_blocks * kBlockInputs < kStepInputs) {
     return multiply_tiles_avx512(w, a, tile, n_tiles, bias, y);
   }
-  // Others leave the registers set up for themselves from one call to the next, ggml for one.
+  // Other libraries may have set the registers up for themselves, once for all of their calls.
   TileConfig found;
   _tile_storeconfig(&found);
   with_width(w.is.bits, [&](auto width) {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import shlex
@@ -11,7 +10,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,37 +76,20 @@ def time_all(
     few = len(x) < MANY_TOKENS
     # With many tokens the inputs and outputs of a call are large, and nothing reads a weight twice.
     bound = [candidate.bind(x, sys.maxsize if few else rounds) for candidate in candidates]
+    for candidate, calls in zip(candidates, bound, strict=True):
+        check(candidate, calls, x)
     endless = [itertools.cycle(calls) for calls in bound]
     times: list[list[float]] = [[] for _ in candidates]
-    with contextlib.ExitStack() as stack:
-        threads = [stack.enter_context(thread_of_its_own()) for _ in candidates]
-        for thread, candidate, calls in zip(threads, candidates, bound, strict=True):
-            thread.submit(check, candidate, calls, x).result()
-        for _ in range(rounds):
-            probes.probe()
-            everything = zip(threads, candidates, endless, times, strict=True)
-            for thread, candidate, calls, found in everything:
-                n_calls = max(1, STRETCH_BYTES // candidate.weight_bytes) if few else 1
-                batch = [next(calls) for _ in range(n_calls)]
-                found.append(thread.submit(seconds_of, batch).result() / n_calls * 1e6)
+    for _ in range(rounds):
+        probes.probe()
+        for candidate, calls, found in zip(candidates, endless, times, strict=True):
+            n_calls = max(1, STRETCH_BYTES // candidate.weight_bytes) if few else 1
+            batch = [next(calls) for _ in range(n_calls)]
+            start = time.perf_counter()
+            for call in batch:
+                call()
+            found.append((time.perf_counter() - start) / n_calls * 1e6)
     return times
-
-
-def thread_of_its_own() -> ThreadPoolExecutor:
-    """ggml sets up a thread's AMX registers once and trusts that nobody else does; torch does."""
-
-    def prepare(n_threads: int) -> None:  # torch's settings are those of a thread, too
-        torch.set_num_threads(n_threads)
-        torch.set_grad_enabled(False)
-
-    return ThreadPoolExecutor(1, initializer=prepare, initargs=(torch.get_num_threads(),))
-
-
-def seconds_of(batch: list[Call]) -> float:
-    start = time.perf_counter()
-    for call in batch:
-        call()
-    return time.perf_counter() - start
 
 
 def common_peers(shape: Shape) -> list[Candidate]:
