@@ -42,12 +42,14 @@ class QuantizedLinear(nn.Module):
     There is no `weight`: use `dequantize()`. Gradients reach the input and the bias, not the codes.
 
     On a CPU qweight, scales and zeros are laid out as the kernels read them, see prepare(), and are
-    None from then on. `state_dict()`, copying and moving bring them back.
+    None from then on; the buffer `tiles` is what they became. `state_dict()`, copying and moving
+    bring them back.
     """
 
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
+    tiles: Tensor | None
     outlier_values: Tensor | None
     outlier_columns: Tensor | None
     outlier_rows: Tensor | None
@@ -87,6 +89,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", None if scheme.symmetric else zeros)
+        self.register_buffer("tiles", None, persistent=False)
         layout = outlier_layout(scheme, out_features, in_features)
         for name, (own_dtype, shape) in layout.items():
             stored = torch.zeros(shape, dtype=own_dtype, device=device)
@@ -153,6 +156,7 @@ class QuantizedLinear(nn.Module):
             kernel = ops.TiledLinear(tiles, self.out_features, self.in_features, self._outliers)
             for name in ("qweight", "scales", "zeros"):
                 self._buffers[name] = None
+            self._buffers["tiles"] = tiles
             self._kernel = kernel
             return kernel
 
@@ -165,6 +169,7 @@ class QuantizedLinear(nn.Module):
             stored = ops.unmake_tiles(tiles, self.scheme, self.out_features, self.in_features)
             for name, tensor in zip(("qweight", "scales", "zeros"), stored, strict=True):
                 self._buffers[name] = tensor
+            self._buffers["tiles"] = None
             self._kernel = None
 
     def dequantize(self) -> Tensor:

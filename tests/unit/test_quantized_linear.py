@@ -207,6 +207,19 @@ def test_the_first_call_lays_it_out_for_the_kernels_and_what_is_saved_stays_the_
 
 
 @tiled
+def test_its_buffers_are_all_that_it_keeps_in_memory():
+    scheme = QuantScheme(3, 64, scale_bits=8)
+    layer = QuantizedLinear.from_weight(random_weight(scheme), None)
+    stored = sum(buffer.nbytes for buffer in layer.buffers())
+    assert stored == sum(tensor.nbytes for tensor in layer.state_dict().values())
+    layer(torch.randn(2, 100))
+    laid_out = [buffer.nbytes for buffer in layer.buffers()]
+    assert laid_out == [ops.tiles_bytes(scheme, 24, 100)]
+    layer.restore()
+    assert sum(buffer.nbytes for buffer in layer.buffers()) == stored
+
+
+@tiled
 @pytest.mark.parametrize("shape", [(100,), (3, 100), (2, 1, 100), (0, 100)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_gradients_it_computes_the_same_past_the_dispatcher(shape, dtype):
