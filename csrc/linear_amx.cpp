@@ -1,5 +1,5 @@
-// The tiles' matmul with AMX: many tokens on tile registers. Few of them run on AVX-512, and so do groups
-// of 32, whose sums take longer to scale than the registers save.
+// The tiles' matmul with AMX: many tokens on tile registers. Few of them run on AVX-512, and so do
+// groups of 32, whose sums take longer to scale than the registers save.
 //
 // A tile register of codes holds 16 vectors as they are unpacked: 64 inputs of 16 rows. One of
 // activations holds as many inputs of 16 tokens as they lie in a span. Their product is 16 x 16 sums,
@@ -38,8 +38,9 @@ struct alignas(kLine) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64, "as the instruction reads it");
 
-// Registers 0 to 3 are sums: of part 0 with tile 0, with tile 1, then of part 1. 4 and 5 are activations
-// of the parts: high and low bytes of 16 bits, or two sets of tokens. 6 and 7 are codes of the tiles.
+// Registers 0 to 3 are sums: of part 0 with tile 0, with tile 1, then of part 1. 4 and 5 are
+// activations of the parts: high and low bytes of 16 bits, or two sets of tokens. 6 and 7 are codes
+// of the tiles.
 constexpr int kRegisters = 8, kCodes = 6;
 
 // The same for every width of codes.
@@ -57,7 +58,8 @@ class RegisterProduct {
     _tile_loadconfig(&config);
   }
 
-  __attribute__((noinline)) void add(Panel<TILES>& panel, const Activations& a, const PanelSpan& at) {
+  __attribute__((noinline)) void add(Panel<TILES>& panel, const Activations& a,
+                                     const PanelSpan& at) {
     asm volatile("" ::: "memory");  // g++ 12 does not know that registers are loaded from memory
     int64_t token = 0;
     if (BYTES == 1) {
