@@ -2,7 +2,7 @@
 // groups of 32, whose sums take longer to scale than the registers save.
 //
 // A tile register of codes holds 16 vectors as they are unpacked: 64 inputs of 16 rows. One of
-// activations holds as many inputs of 16 tokens as they lie in a span. Their product is 16 x 16 sums,
+// activations holds the same inputs of 16 tokens, as they lie in a span. Their product is 16 x 16 sums,
 // which vectors scale and add to the totals as with every instruction set: results are the same to
 // the bit. A span may end within the 64 inputs; activations are zero from there on.
 // Expected limit: scaling the sums, twice as long as products of 64 inputs.
@@ -138,7 +138,7 @@ class RegisterProduct {
 template <int BITS, int TILES, int BYTES>
 class PanelProduct : public RegisterProduct<TILES, BYTES> {
  public:
-  PanelProduct(const Activations&, int64_t n_tokens) : RegisterProduct<TILES, BYTES>(n_tokens) {}
+  using RegisterProduct<TILES, BYTES>::RegisterProduct;
 };
 
 void multiply_tiles(const Tiles& w, const Activations& a, int64_t tile, int64_t n_tiles,
@@ -149,13 +149,8 @@ void multiply_tiles(const Tiles& w, const Activations& a, int64_t tile, int64_t 
   // Other libraries may have set the registers up for themselves, once for all of their calls.
   TileConfig found;
   _tile_storeconfig(&found);
-  with_width(w.is.bits, [&](auto width) {
-    constexpr int kBits = decltype(width)::bits;
-    if (a.bits == 8) {
-      multiply_panels<kBits, 1>(w, a, tile, n_tiles, bias, y);
-    } else {
-      multiply_panels<kBits, 2>(w, a, tile, n_tiles, bias, y);
-    }
+  with_widths(w.is.bits, a.bits, [&](auto codes, auto activations) {
+    multiply_panels<codes.bits, activations.bits / 8>(w, a, tile, n_tiles, bias, y);
   });
   if (found.palette) {
     _tile_loadconfig(&found);

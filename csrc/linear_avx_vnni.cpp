@@ -29,8 +29,6 @@ INLINE void add_products(Vec& sum, Vec codes, const uint8_t* four) {
   add_products(sum, codes, broadcast(four));
 }
 
-INLINE Vec both_bytes(Vec high, Vec low) { return add(low, _mm256_slli_epi32(high, 8)); }
-
 #include "products_vnni.inc"
 #include "multiply_tiles.inc"
 

@@ -63,27 +63,6 @@ void read_once(const uint8_t* begin, size_t n, size_t ahead) {
   keep(merge(merge(sums[0], sums[1]), merge(sums[2], sums[3])));
 }
 
-}  // namespace
-
-extern "C" {
-
-// Memory in huge pages, written to; freed by nobody, the process is short.
-uint8_t* probe_buffer(size_t n) {
-  void* memory = nullptr;
-  n = (n + kHugePage - 1) / kHugePage * kHugePage;
-  if (posix_memalign(&memory, kHugePage, n)) return nullptr;
-  madvise(memory, n, MADV_HUGEPAGE);
-  memset(memory, 1, n);
-  return static_cast<uint8_t*>(memory);
-}
-
-// Bytes a second of one pass over the buffer.
-double probe_read(const uint8_t* buffer, size_t n, size_t ahead) {
-  const double start = seconds();
-  read_once(buffer, n, ahead);
-  return static_cast<double>(n) / (seconds() - start);
-}
-
 // Operations a second (a product and its addition are two) of the widest int8 dot product, in
 // registers, with more sums than its latency needs. Written out: g++ 12 keeps arrays in memory.
 double probe_int8_vectors(int64_t rounds) {
@@ -128,6 +107,28 @@ double probe_int8_tiles(int64_t rounds) {
 #endif
 }
 
+}  // namespace
+
+extern "C" {
+
+// Memory in huge pages, written to; freed by nobody, the process is short.
+uint8_t* probe_buffer(size_t n) {
+  void* memory = nullptr;
+  n = (n + kHugePage - 1) / kHugePage * kHugePage;
+  if (posix_memalign(&memory, kHugePage, n)) return nullptr;
+  madvise(memory, n, MADV_HUGEPAGE);
+  memset(memory, 1, n);
+  return static_cast<uint8_t*>(memory);
+}
+
+// Bytes a second of one pass over the buffer.
+double probe_read(const uint8_t* buffer, size_t n, size_t ahead) {
+  const double start = seconds();
+  read_once(buffer, n, ahead);
+  return static_cast<double>(n) / (seconds() - start);
+}
+
+// Operations a second of the faster of both.
 double probe_int8(int64_t rounds) {
   const double vectors = probe_int8_vectors(rounds), tiles = probe_int8_tiles(rounds);
   return tiles > vectors ? tiles : vectors;

@@ -174,6 +174,19 @@ struct Layer {
   }
 };
 
+// Tiles in memory that ends with them: the kernels may fetch ahead, but read nothing behind.
+struct OwnTiles {
+  std::unique_ptr<uint8_t, void (*)(void*)> data;
+  Tiles tiles;
+
+  explicit OwnTiles(const Layer& l) : data(nullptr, free) {
+    const int64_t size = tiles_size(l.weight);
+    data.reset(static_cast<uint8_t*>(aligned_alloc(kLine, static_cast<size_t>(size))));
+    make_tiles(l.weight, 1, data.get());
+    if (!read_tiles(data.get(), size, &tiles)) fail(l.is, "its tiles are none");
+  }
+};
+
 void check_dequantized(const Layer& l, const float* got, const char* what) {
   for (int64_t r = 0; r < l.is.out_features; ++r) {
     for (int64_t k = 0; k < l.is.in_features; ++k) {
@@ -239,13 +252,8 @@ void check(const Case& c, Random& random) {
   check_dequantized(l, dense.get(), "dequantize is off");
   if (!tiles_fit(l.weight)) return;
 
-  // The kernels may fetch ahead, but read nothing behind the tiles.
-  const int64_t size = tiles_size(l.weight);
-  std::unique_ptr<uint8_t, void (*)(void*)> data(
-      static_cast<uint8_t*>(aligned_alloc(kLine, static_cast<size_t>(size))), free);
-  make_tiles(l.weight, 1, data.get());
-  Tiles tiles;
-  if (!read_tiles(data.get(), size, &tiles)) fail(c, "its tiles are none");
+  const OwnTiles own(l);
+  const Tiles& tiles = own.tiles;
   Exact<int32_t> words(l.words.size());
   Exact<uint8_t> scales(c.scale_bytes ? l.bytes.size() : 2 * l.halves.size());
   Exact<uint8_t> zeros(l.n_groups * c.out_features);
@@ -295,18 +303,13 @@ void check_rounding(Random& random) {
 void check_registers_stay(Random& random) {
   const Case c = {4, 16, 128, 64, false, Zeros::kNone, 0, Values::kUsual};
   const Layer l(c, random);
-  const int64_t size = tiles_size(l.weight);
-  std::unique_ptr<uint8_t, void (*)(void*)> data(
-      static_cast<uint8_t*>(aligned_alloc(kLine, static_cast<size_t>(size))), free);
-  make_tiles(l.weight, 1, data.get());
-  Tiles tiles;
-  if (!read_tiles(data.get(), size, &tiles)) fail(c, "its tiles are none");
+  const OwnTiles own(l);
   uint8_t others[64] = {1}, after[64];
   others[16] = 32, others[48] = 8;  // one register, 8 rows of 32 bytes
   for (const bool configured : {true, false}) {
     if (!configured) memset(others, 0, sizeof others);
     if (configured) _tile_loadconfig(others);
-    check_linear(l, tiles, 8, 8, random);
+    check_linear(l, own.tiles, 8, 8, random);
     _tile_storeconfig(after);
     if (memcmp(others, after, sizeof after) != 0) fail(c, "linear left other AMX registers");
     _tile_release();
