@@ -88,15 +88,11 @@ class Row:
 
 def run(model: str, variant: str, seed: int) -> list[Row]:
     """All budgets and texts of a variant, in this process."""
-    import torch
-
     from lwquant.evaluation.windows import windows_of
-    from lwquant.held_out import compare_streams, quantize_with
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
     from lwquant.recipe import load_recipe, transform_of
     from lwquant.stages import plan_report
-    from lwquant.streams import Streams
 
     folder, sources, tests = texts_of(model)
     recipe = load_recipe("default").changed(
@@ -104,7 +100,6 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
     )
     if recipe.allocator == "uniform":
         recipe = recipe.changed(metric="outlier_count")  # needs no costs: the cheapest fills in
-    rounding = recipe.rounding()
     rows = []
     with fast_float32():
         opened = open_model(folder, transform=transform_of(recipe.transform))
@@ -114,22 +109,12 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
             for name, text in tests.items()
         }
         report, measuring = costs_of(opened, calibration, recipe)
-        n = len(calibration.tokens)
         for budget in BUDGETS[model]:
             start = time.monotonic()
             plan = plan_report(report, budget, recipe=recipe)
-            every = torch.cat([calibration.tokens, *windows.values()])
-            streams = Streams.start(opened.decoder, every, n, calibration.copies)
-            for _ in quantize_with(opened.decoder, streams, plan, rounding):
-                pass
+            found = quantize_and_compare(opened, calibration, plan, recipe.rounding(), windows)
             seconds = measuring + time.monotonic() - start
-            at = n
-            for name, tokens in windows.items():
-                part = slice(at, at + len(tokens))
-                at += len(tokens)
-                found = compare_streams(
-                    opened.decoder, streams.quantized[part], streams.floating[part], tokens
-                )
+            for name, quality in found.items():
                 rows.append(
                     Row(
                         model,
@@ -138,14 +123,36 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
                         name,
                         budget,
                         plan.bpw,
-                        found.kl_divergence,
-                        found.perplexity,
+                        quality.kl_divergence,
+                        quality.perplexity,
                         seconds,
                         commit(),
                         machine(),
                     )
                 )
     return rows
+
+
+def quantize_and_compare(opened, calibration, plan, rounding, windows):
+    """Quantize by the plan; how that compares with the original on the windows of each text."""
+    import torch
+
+    from lwquant.held_out import compare_streams, quantize_with
+    from lwquant.streams import Streams
+
+    n = len(calibration.tokens)
+    every = torch.cat([calibration.tokens, *windows.values()])
+    streams = Streams.start(opened.decoder, every, n, calibration.copies)
+    for _ in quantize_with(opened.decoder, streams, plan, rounding):
+        pass
+    found, at = {}, n
+    for name, tokens in windows.items():
+        part = slice(at, at + len(tokens))
+        at += len(tokens)
+        found[name] = compare_streams(
+            opened.decoder, streams.quantized[part], streams.floating[part], tokens
+        )
+    return found
 
 
 def costs_of(opened, calibration, recipe) -> tuple[SensitivityReport, float]:

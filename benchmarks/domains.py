@@ -1,0 +1,135 @@
+"""Calibrated on texts of one kind, tested on others: what a plan owes to its calibration.
+
+    python benchmarks/domains.py            # every row that results/domains.csv lacks
+    python benchmarks/domains.py --table
+
+SmolLM2-135M is calibrated on C4, on Wikipedia, or on source code alone, and tested on all of them
+and on WikiText-2. The first half of each text calibrates, the second tests. At the size of the
+uniform 3-bit plan, with the rounding and the propagation of the default preset: its mixed plan
+beside the uniform one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+from ablation import costs_of, quantize_and_compare
+from pypi_models import SMOLLM2
+from rows import HERE, append, commit, machine, stored
+
+CSV = HERE / "results" / "domains.csv"
+WORK = HERE.parent / "demo"
+DATA = HERE.parent.parent / "shared" / "data"
+KINDS = {"C4": "c4.utf8", "Wikipedia": "wiki.utf8", "code": "code.utf8"}
+TESTS = {**KINDS, "WikiText-2": "wikitext-2-raw-test.txt"}
+PLANS = {"mixed": {}, "uniform": {"allocator": "uniform", "metric": "outlier_count"}}
+BITS, GROUP, WINDOWS, SEQ_LEN = 3, 64, 12, 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantized model on one text."""
+
+    calibration: str
+    plan: str
+    text: str
+    bpw: float
+    kl_divergence: float
+    perplexity: float
+    seconds: float  # metric, plan and quantization; shared by its texts
+    commit: str
+    machine: str
+
+
+def run(calibration: str, plan_name: str) -> list[Row]:
+    """One quantization, tested on all texts, in this process."""
+    from lwquant.allocators.plan import uniform_plan
+    from lwquant.evaluation.windows import windows_of
+    from lwquant.matmul import fast_float32
+    from lwquant.prepare import open_model, prepare_tokens
+    from lwquant.recipe import load_recipe
+    from lwquant.stages import plan_report
+
+    WORK.mkdir(exist_ok=True)
+    source = WORK / f"domain-{KINDS[calibration]}.txt"
+    source.write_text(halves(KINDS[calibration])[0], encoding="utf-8")
+    recipe = load_recipe("default").changed(
+        sources=(str(source),), group_size=GROUP, seq_len=SEQ_LEN, held_out=2, **PLANS[plan_name]
+    )
+    with fast_float32():
+        opened = open_model(SMOLLM2.fetch(WORK))
+        tokens = prepare_tokens(opened, recipe).calibration
+        windows = {
+            name: windows_of(halves(file)[1], opened.tokenizer, SEQ_LEN, WINDOWS)
+            for name, file in TESTS.items()
+        }
+        report, measuring = costs_of(opened, tokens, recipe)
+        start = time.monotonic()
+        size = uniform_plan(opened.decoder.linears, recipe.scheme(BITS)).bpw
+        plan = plan_report(report, size, recipe=recipe)
+        found = quantize_and_compare(opened, tokens, plan, recipe.rounding(), windows)
+    seconds = measuring + time.monotonic() - start
+    return [
+        Row(
+            calibration,
+            plan_name,
+            name,
+            plan.bpw,
+            quality.kl_divergence,
+            quality.perplexity,
+            seconds,
+            commit(),
+            machine(),
+        )
+        for name, quality in found.items()
+    ]
+
+
+def halves(file: str) -> tuple[str, str]:
+    text = (DATA / file).read_text(encoding="utf-8")
+    middle = text.index("\n", len(text) // 2)
+    return text[:middle], text[middle:]
+
+
+def print_table(rows: list[Row]) -> None:
+    """Markdown: KL of the mixed and of the uniform plan, by calibration and text."""
+    print("| calibrated on | plan | bpw |", " | ".join(TESTS), "|")
+    print("|---" * (3 + len(TESTS)) + "|")
+    for calibration in KINDS:
+        for plan in PLANS:
+            mine = {r.text: r for r in rows if (r.calibration, r.plan) == (calibration, plan)}
+            if mine:
+                cells = [f"{mine[text].kl_divergence:.3f}" for text in TESTS]
+                bpw = next(iter(mine.values())).bpw
+                print(f"| {calibration} | {plan} | {bpw:.3f} |", " | ".join(cells), "|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--table", action="store_true", help="print what is stored")
+    parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(json.dumps([asdict(row) for row in run(*arguments.row)]))
+        return
+    done = {(row.calibration, row.plan) for row in stored(Row, CSV)}
+    wanted = [(calibration, plan) for plan in PLANS for calibration in KINDS]
+    for job in [] if arguments.table else wanted:
+        if job in done:
+            continue
+        command = [sys.executable, __file__, "--row", *job]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        for values in json.loads(output.splitlines()[-1]):
+            row = Row(**values)
+            append(row, CSV)
+            print(f"{job} {row.text}: KL {row.kl_divergence:.4f}", file=sys.stderr)
+    print_table(stored(Row, CSV))
+
+
+if __name__ == "__main__":
+    main()
