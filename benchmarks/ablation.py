@@ -41,6 +41,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fine zeros at 2 and 3 bits": {"fine_zeros": (2, 3)},
     "uniform plan": {"allocator": "uniform"},
     "costs by output error": {"metric": "output_error"},
+    "costs by measured KL": {"metric": "measured_kl"},
+    "costs by the augmented Hessian": {"metric": "augmented_hessian"},
+    "costs by relevance": {"metric": "relevance"},
+    "costs by delta loss": {"metric": "delta_loss"},
+    "costs by the Hessian": {"metric": "hessian"},
     "no propagation": {"correction": "none"},
     "propagation without the residual": {"correction": {"name": "qep", "repair_residual": False}},
     "propagation of fixed strength": {"correction": {"name": "qep", "strength": 0.5}},
@@ -49,7 +54,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GPTQ without activation order": {"quantizer": {"name": "gptq", "act_order": False}},
     "plain rounding": {"quantizer": {"name": "rtn", "search": True}},
     "GPTQ with the first-order term": {"quantizer": {"name": "gptq", "first_order": 0.1}},
+    "HQQ": {"quantizer": "hqq"},
+    "NF4 at 4 bits, GPTQ": {"quantizer": "gptq", "codebook": "nf4"},
+    "groups of 32 and 128, too": {"more_group_sizes": (32, 128)},
+    "five weights in a thousand apart": {"outliers": 5},
+    "windows used three times": {"expand": 3},
     "tokens by attention": {"token_importance": "attention_concentration"},
+    "tokens by change": {"token_importance": "activation_difference"},
+    "tokens by norm": {"token_importance": "activation_norm"},
+    "tokens by position": {"token_importance": "positions"},
+    "tokens by frequency": {"token_importance": "token_frequency"},
+    "tokens by similarity": {"token_importance": "token_similarity"},
     "guided Hessians": {"guided": 4},
     "guided Hessians, one for all rows": {"guided": 1},
     "guided Hessians, no propagation": {"guided": 4, "correction": "none"},
@@ -60,8 +75,9 @@ TESTS = {
     "smollm2": {"wikitext": "wikitext-2-raw-test.txt", "code": "code.utf8"},
     "stories260k": {"stories": ""},
 }
-# True bits; the plans of a uniform variant are the largest that fit.
-BUDGETS = {"smollm2": (3.3,), "stories260k": (2.8, 3.3, 4.3)}
+# True bits; the plans of a uniform variant are the largest that fit, and those of 3 and 4 bits fill
+# the last two budgets of stories260k.
+BUDGETS = {"smollm2": (3.3,), "stories260k": (2.8, 3.3235, 4.3235)}
 SETTINGS = {
     "smollm2": {"n_samples": 64, "seq_len": 512, "held_out": 2},
     "stories260k": {"n_samples": 48, "seq_len": 256, "held_out": 2},
