@@ -104,6 +104,7 @@ class Row:
 
 def run(model: str, variant: str, seed: int) -> list[Row]:
     """All budgets and texts of a variant, in this process."""
+    from lwquant.errors import BudgetError
     from lwquant.evaluation.windows import windows_of
     from lwquant.matmul import fast_float32
     from lwquant.prepare import open_model, prepare_tokens
@@ -127,7 +128,11 @@ def run(model: str, variant: str, seed: int) -> list[Row]:
         report, measuring = costs_of(opened, calibration, recipe)
         for budget in BUDGETS[model]:
             start = time.monotonic()
-            plan = plan_report(report, budget, recipe=recipe)
+            try:
+                plan = plan_report(report, budget, recipe=recipe)
+            except BudgetError as error:  # other menus have other floors
+                print(f"{model}, {variant}: no row, {error}", file=sys.stderr)
+                continue
             found = quantize_and_compare(opened, calibration, plan, recipe.rounding(), windows)
             seconds = measuring + time.monotonic() - start
             for name, quality in found.items():
