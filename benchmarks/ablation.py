@@ -221,25 +221,32 @@ def _quiet(stage: str, item: str, done: int, total: int) -> None:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Markdown: mean and spread over seeds, and the ratio to the default's mean."""
-    print("| model | text | budget | variant | bpw | KL, mean ± deviation (seeds) | / default |")
-    print("|---|---|---|---|---|---|---|")
-    groups: dict[tuple[str, str, float], dict[str, list[Row]]] = {}
-    for row in rows:
-        by_variant = groups.setdefault((row.model, row.text, row.budget), {})
-        by_variant.setdefault(row.variant, []).append(row)
-    for (model, text, budget), by_variant in sorted(groups.items()):
-        means = {v: statistics.mean(r.kl_divergence for r in rs) for v, rs in by_variant.items()}
-        for variant in [v for v in VARIANTS if v in by_variant]:
-            same = by_variant[variant]
-            values = [row.kl_divergence for row in same]
-            spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "?"
-            bpw = statistics.mean(row.bpw for row in same)
-            ratio = f"{means[variant] / means['default']:.3f}" if "default" in means else ""
-            print(
-                f"| {model} | {text} | {budget} | {variant} | {bpw:.3f} | "
-                f"{means[variant]:.4f} ± {spread} ({len(values)}) | {ratio} |"
-            )
+    """Markdown: KL of the default, of all others relative to it, mean and deviation over seeds."""
+    texts = sorted({(r.model, r.text, r.budget) for r in rows if r.variant == "default"})
+    print("| changed |", " | ".join(f"{model}, {text}, {b}" for model, text, b in texts), "|")
+    print("|---" * (1 + len(texts)) + "|")
+    for variant in VARIANTS:
+        cells = []
+        for place in texts:
+            found = [r for r in rows if (r.model, r.text, r.budget) == place]
+            mine = [r.kl_divergence for r in found if r.variant == variant]
+            unit = statistics.mean(r.kl_divergence for r in found if r.variant == "default")
+            cells.append(_cell(mine, 1.0 if variant == "default" else unit))
+        if any(cells):
+            print(f"| {variant} |", " | ".join(cells), "|")
+    for model in sorted({row.model for row in rows}):
+        bits = {r.budget: r.bpw for r in rows if (r.model, r.variant) == (model, "uniform plan")}
+        for budget, bpw in sorted(bits.items()):
+            print(f"The uniform plan of {model} for {budget} bits has {bpw:.3f}.")
+
+
+def _cell(values: list[float], unit: float) -> str:
+    if not values:
+        return ""
+    mean, digits = statistics.mean(values) / unit, 2 if unit != 1.0 else 4
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values) / unit:.{digits}f}"
 
 
 def main() -> None:

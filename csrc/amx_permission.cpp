@@ -16,7 +16,7 @@ bool amx_permitted() { return true; }
 namespace lwquant {
 namespace {
 
-constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // of leaf 7's edx
+constexpr unsigned kNeeded = 7u << 22;  // of leaf 7's edx: bf16, tiles, int8
 constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's
 
 }  // namespace
@@ -24,7 +24,7 @@ constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's
 bool amx_permitted() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if (!(d & kTile) || !(d & kInt8)) return false;
+  if ((d & kNeeded) != kNeeded) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 

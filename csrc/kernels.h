@@ -80,6 +80,28 @@ struct Span {
   bool finite;  // false: there is NaN or infinity in it, and the rest means nothing
 };
 
+// Inputs of a layer rounded to bf16: sets of 16 tokens, the last filled up with zeros, each
+// (n_inputs / 32, 16, 32).
+struct Bf16Inputs {
+  const uint16_t* values;
+  int64_t n_tokens;
+  int64_t first_input, n_inputs;  // both multiples of kBlockInputs; zero beyond in_features
+};
+
+// What an instruction set does with many tokens, if not what it does with few.
+struct Bf16Kernels {
+  // Rounds n inputs of x, whose tokens lie `stride` apart, and fills them up to n_padded of them.
+  void (*round_inputs)(const float* x, int64_t n_tokens, int64_t stride, int64_t n,
+                       int64_t n_padded, uint16_t* out);
+  // The tiles' rows of y from those inputs: bias is added to the first ones, what y holds to the
+  // others. `weights` has room for kStripRows rows of n_inputs bf16 and is aligned to lines.
+  void (*multiply)(const Tiles&, const Bf16Inputs&, int64_t tile, int64_t n_tiles,
+                   const float* bias, uint8_t* weights, float* y);
+};
+
+constexpr int kSetTokens = 16;
+constexpr int kStripRows = 2 * kTileOutputs;
+
 // One instruction set.
 struct Isa {
   const char* name;
@@ -91,6 +113,7 @@ struct Isa {
   void (*multiply_tiles)(const Tiles&, const Activations&, int64_t tile, int64_t n_tiles,
                          const float* bias, float* y);
   const RoundingLoops* rounding;
+  const Bf16Kernels* bf16 = nullptr;  // null: as few tokens are
 };
 
 extern const Isa kReference;
@@ -102,6 +125,7 @@ extern const Isa kAvxVnni;
 extern const Isa kAvx512Vnni;
 #ifdef LWQUANT_AMX
 extern const Isa kAmx;
+extern const Bf16Kernels kAmxBf16;
 #endif
 #endif
 
@@ -159,8 +183,10 @@ const Isa& current_isa();
 bool select_isa(const char* name);  // false: unknown, or not on this machine
 
 // linear.cpp: the host functions; shapes have been checked
-// y (n_tokens, out_features) = x Wᵀ + bias, x as integers of 8 or 16 bits. False when x holds NaN or
-// infinity, which integers cannot: y means nothing then.
+// Whether such a call rounds weights and inputs to bf16 instead of using integers.
+bool runs_in_bf16(int bits, int64_t n_tokens, int activation_bits);
+// y (n_tokens, out_features) = x Wᵀ + bias, x as integers of 8 or 16 bits or in bf16. False when x
+// holds NaN or infinity, which integers cannot: y means nothing then.
 bool linear(const Tiles&, const Outliers&, const float* bias, const float* x, int64_t n_tokens,
             int activation_bits, int n_threads, float* y);
 // out (n_rows, in_features): rows [row, row + n_rows) as float32.

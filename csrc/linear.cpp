@@ -2,8 +2,11 @@
 #include "kernels.h"
 #include "pool.h"
 
+#include <stdlib.h>
+
 #include <algorithm>
 #include <memory>
+#include <new>
 
 namespace lwquant {
 namespace {
@@ -13,6 +16,9 @@ constexpr int64_t kProductsPerThread = int64_t{1} << 19;
 constexpr int64_t kBlockRows = 4 * kTileOutputs;  // of one task
 constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of activations
 constexpr int64_t kMinBlockTokens = 16;
+// What bf16 takes at a time: that many tokens and inputs stay in the L2 cache beside the weights of a
+// strip.
+constexpr int64_t kPanelTokens = 128, kPanelInputs = 4096;
 
 // Not zeroed, unlike std::vector: all of it is written before it is read.
 template <typename T>
@@ -51,13 +57,63 @@ void for_each_block(int64_t n_rows, int n_threads, Body body) {
       &context);
 }
 
+struct Free {
+  void operator()(void* data) const { free(data); }
+};
+
+void linear_bf16(const Bf16Kernels& kernels, const Tiles& w, const Outliers& outliers,
+                 const float* bias, const float* x, int64_t n_tokens, int n_threads, float* y) {
+  const int64_t in_features = w.is.in_features, out_features = w.is.out_features;
+  const int64_t n_parts = (w.padded_inputs + kPanelInputs - 1) / kPanelInputs;
+  const int64_t n_blocks = w.padded_inputs / kBlockInputs;
+  const int64_t part = (n_blocks + n_parts - 1) / n_parts * kBlockInputs;
+  const int64_t n_sets = (std::min(n_tokens, kPanelTokens) + kSetTokens - 1) / kSetTokens;
+  auto values = buffer<uint16_t>(n_sets * kSetTokens * part);
+  const size_t strip_bytes = static_cast<size_t>(kStripRows * part) * sizeof(uint16_t);
+  const std::unique_ptr<uint8_t, Free> strips(static_cast<uint8_t*>(
+      aligned_alloc(kLine, static_cast<size_t>(n_threads) * strip_bytes)));
+  if (!strips) throw std::bad_alloc();
+  for (int64_t token = 0; token < n_tokens; token += kPanelTokens) {
+    const float* inputs = x + token * in_features;
+    float* outputs = y + token * out_features;
+    const int64_t n_here = std::min(kPanelTokens, n_tokens - token);
+    for (int64_t first = 0; first < w.padded_inputs; first += part) {
+      const int64_t n_padded = std::min(part, w.padded_inputs - first);
+      const int64_t n = std::min(n_padded, in_features - first);
+      kernels.round_inputs(inputs + first, n_here, in_features, n, n_padded, values.get());
+      const Bf16Inputs panel = {values.get(), n_here, first, n_padded};
+      for_each_block(out_features, n_threads, [&](int64_t row, int64_t n_rows, int seat) {
+        const int64_t n_tiles = (n_rows + kTileOutputs - 1) / kTileOutputs;
+        uint8_t* weights = strips.get() + static_cast<size_t>(seat) * strip_bytes;
+        kernels.multiply(w, panel, row / kTileOutputs, n_tiles, bias, weights, outputs);
+      });
+    }
+    for_each_block(out_features, n_threads, [&](int64_t row, int64_t n_rows, int) {
+      add_outliers(outliers, inputs, n_here, in_features, row, n_rows, out_features, outputs);
+    });
+  }
+}
+
 }  // namespace
+
+bool runs_in_bf16(int bits, int64_t n_tokens, int activation_bits) {
+  constexpr int64_t kFewest = 64;  // fewer are faster with integers
+  // Rounding to bf16 loses less than 8-bit activations do. Beside 16-bit ones it adds 1 % to the
+  // squared error that 6-bit weights have in groups of 64, but 19 % to that of 8-bit weights.
+  constexpr int kWidest = 6;
+  const bool invisible = bits <= kWidest || activation_bits == 8;
+  return current_isa().bf16 && n_tokens >= kFewest && invisible;
+}
 
 bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const float* x,
             int64_t n_tokens, int activation_bits, int n_threads, float* y) {
   const Isa& isa = current_isa();
   const int64_t in_features = w.is.in_features, out_features = w.is.out_features;
   n_threads = useful_threads(n_threads, out_features * in_features * n_tokens);
+  if (runs_in_bf16(w.is.bits, n_tokens, activation_bits)) {
+    linear_bf16(*isa.bf16, w, outliers, bias, x, n_tokens, n_threads, y);
+    return true;
+  }
   Activations a{};
   a.bits = activation_bits;
   a.span_blocks = span_blocks(w);

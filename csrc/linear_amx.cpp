@@ -1,5 +1,5 @@
-// The tiles' matmul with AMX: many tokens on tile registers. Few of them run on AVX-512, and so do
-// groups of 32, whose sums take longer to scale than the registers save.
+// The tiles' matmul with AMX: 5 tokens and more on tile registers. Fewer run on AVX-512, and so do
+// groups of 32, whose sums take longer to scale than the registers save. Many: linear_amx_bf16.cpp.
 //
 // A tile register of codes holds 16 vectors as they are unpacked: 64 inputs of 16 rows. One of
 // activations holds the same inputs of 16 tokens, as they lie in a span. Their product is 16 x 16 sums,
@@ -26,22 +26,15 @@ constexpr int kPanelTokens = 128;  // whose totals stay in the L1 cache beside t
 #include "walk_tiles.inc"
 #include "with_width.inc"
 #include "multiply_many.inc"
+#include "amx_registers.inc"
 
-constexpr int kSetTokens = 16;  // rows of a register
 constexpr int kStepVectors = 16;
 constexpr int kStepInputs = kStepVectors * kQuad;
-
-struct alignas(kLine) TileConfig {
-  uint8_t palette, start_row, unused[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-static_assert(sizeof(TileConfig) == 64, "as the instruction reads it");
 
 // Registers 0 to 3 are sums: of part 0 with tile 0, with tile 1, then of part 1. 4 and 5 are
 // activations of the parts: high and low bytes of 16 bits, or two sets of tokens. 6 and 7 are codes
 // of the tiles.
-constexpr int kRegisters = 8, kCodes = 6;
+constexpr int kCodes = 6;
 
 // The same for every width of codes.
 template <int TILES, int BYTES>
@@ -49,13 +42,7 @@ class RegisterProduct {
  public:
   explicit RegisterProduct(int64_t n_tokens)
       : set_tokens_(n_tokens < kSetTokens ? n_tokens : kSetTokens) {
-    TileConfig config = {};
-    config.palette = 1;
-    for (int i = 0; i < kRegisters; ++i) {
-      config.row_bytes[i] = kLine;
-      config.rows[i] = static_cast<uint8_t>(i < kCodes ? set_tokens_ : kStepVectors);
-    }
-    _tile_loadconfig(&config);
+    configure_registers([&](int i) { return i < kCodes ? set_tokens_ : kStepVectors; });
   }
 
   __attribute__((noinline)) void add(Panel<TILES>& panel, const Activations& a,
@@ -146,21 +133,15 @@ void multiply_tiles(const Tiles& w, const Activations& a, int64_t tile, int64_t 
   if (a.n_tokens <= kFewTokens || a.span_blocks * kBlockInputs < kStepInputs) {
     return multiply_tiles_avx512(w, a, tile, n_tiles, bias, y);
   }
-  // Other libraries may have set the registers up for themselves, once for all of their calls.
-  TileConfig found;
-  _tile_storeconfig(&found);
+  const KeptRegisters kept;
   with_widths(w.is.bits, a.bits, [&](auto codes, auto activations) {
     multiply_panels<codes.bits, activations.bits / 8>(w, a, tile, n_tiles, bias, y);
   });
-  if (found.palette) {
-    _tile_loadconfig(&found);
-  } else {
-    _tile_release();
-  }
 }
 
 }  // namespace
 
-const Isa kAmx = {"amx", unpack_row_avx512, quantize_span_avx512, multiply_tiles, &kAvx512Rounding};
+const Isa kAmx = {"amx",          unpack_row_avx512, quantize_span_avx512,
+                  multiply_tiles, &kAvx512Rounding,  &kAmxBf16};
 
 }  // namespace lwquant

@@ -190,7 +190,10 @@ class TiledLinear:
         None where x holds NaN or infinity. Else as linear_reference, and apart from float32
         summation no further from it than Σ over groups of |scale| · max|x| · 0.51 / L ·
         Σ|code − zero|: the kernels hold x as integers up to L, 32639 at 16 bits and 127 at 8.
-        tests/unit/test_ops_linear.py derives the bound and holds every kernel to it.
+        tests/unit/test_ops_linear.py derives the bound and holds every kernel to it. On AMX 64 tokens
+        and more round weights and x to bf16 instead, each by 2⁻⁸ of itself at most, unless weights
+        have 7 or 8 bits and x 16; NaN and infinity stay in their tokens then. See
+        csrc/linear_amx_bf16.cpp and tests/unit/test_ops_bf16.py.
         """
         y = x.new_empty((*x.shape[:-1], self.out_features))
         done = self._checked.run(

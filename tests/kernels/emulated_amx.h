@@ -1,6 +1,7 @@
-// AMX's tile registers in memory, for csrc/linear_amx.cpp on processors without them: each
+// AMX's tile registers in memory, for csrc/linear_amx*.cpp on processors without them: each
 // instruction as Intel's manual defines it, with the checks that the processor makes.
 #pragma once
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -74,6 +75,19 @@ inline void store(int t, void* memory, int64_t stride) {
   }
 }
 
+inline float normal_or_zero(float value) {
+  return fabsf(value) < 0x1p-126f ? 0.0f : value;
+}
+
+inline float from_bf16(const uint8_t* at) {
+  uint16_t half;
+  memcpy(&half, at, sizeof half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return normal_or_zero(value);
+}
+
 // sums (int32) += a (int8) b (uint8); b has four inputs of each of its columns in a row.
 inline void add_products(int sums, int a, int b) {
   Registers& own = registers();
@@ -94,6 +108,31 @@ inline void add_products(int sums, int a, int b) {
   }
 }
 
+// sums (float32) += a (bf16) b (bf16); b has two inputs of each of its columns in a row. Denormal
+// inputs and sums are zero; the order of the two additions is the processor's.
+inline void add_bf16_products(int sums, int a, int b) {
+  Registers& own = registers();
+  require(own.configured, "configured before it is used");
+  require(sums != a && sums != b && a != b, "three registers");
+  require(own.rows[sums] == own.rows[a], "as many rows of sums as of a");
+  require(own.row_bytes[sums] == own.row_bytes[b], "as many columns of sums as of b");
+  require(own.row_bytes[a] == 4 * own.rows[b], "as many inputs of a as of b");
+  for (int m = 0; m < own.rows[a]; ++m) {
+    for (int n = 0; n < own.row_bytes[b] / 4; ++n) {
+      float sum;
+      memcpy(&sum, own.data[sums][m] + 4 * n, sizeof sum);
+      for (int pair = 0; pair < own.rows[b]; ++pair) {
+        for (int k = 0; k < 2; ++k) {
+          const float one = from_bf16(own.data[a][m] + 4 * pair + 2 * k);
+          const float other = from_bf16(own.data[b][pair] + 4 * n + 2 * k);
+          sum = normal_or_zero(sum + one * other);
+        }
+      }
+      memcpy(own.data[sums][m] + 4 * n, &sum, sizeof sum);
+    }
+  }
+}
+
 }  // namespace emulated
 }  // namespace lwquant
 
@@ -104,3 +143,4 @@ inline void add_products(int sums, int a, int b) {
 #define _tile_loadd(t, memory, stride) ::lwquant::emulated::load(t, memory, stride)
 #define _tile_stored(t, memory, stride) ::lwquant::emulated::store(t, memory, stride)
 #define _tile_dpbsud(sums, a, b) ::lwquant::emulated::add_products(sums, a, b)
+#define _tile_dpbf16ps(sums, a, b) ::lwquant::emulated::add_bf16_products(sums, a, b)

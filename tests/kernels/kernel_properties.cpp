@@ -212,11 +212,12 @@ void check_linear(const Layer& l, const Tiles& tiles, int64_t n_tokens, int bits
   if (memcmp(y.get(), again.get(), sizeof(float) * static_cast<size_t>(y.size())) != 0) {
     fail(l.is, "two threads give another result");
   }
+  const bool in_bf16 = runs_in_bf16(l.is.bits, n_tokens, bits);
   for (int64_t t = 0; t < n_tokens; ++t) {
     double largest = 0x1p-100;
     for (int64_t k = 0; k < in; ++k) largest = fmax(largest, fabs(x[t * in + k]));
     for (int64_t r = 0; r < out; ++r) {
-      double exact = l.bias[r], step = 0, size = fabs(l.bias[r]);
+      double exact = l.bias[r], step = 0, size = fabs(l.bias[r]), rounded = 0;
       for (int64_t k = 0; k < in; ++k) {
         const size_t group = static_cast<size_t>(r * l.n_groups + k / l.is.group_size);
         const double value = x[t * in + k], weight = l.at(r, k);
@@ -224,16 +225,22 @@ void check_linear(const Layer& l, const Tiles& tiles, int64_t n_tokens, int bits
         step += fabs(weight);
         size += fabs(value) * (l.codes[static_cast<size_t>(r * in + k)] + l.zeros[group] + 1) *
                 (l.scales[group] + 1);
+        // Half a step of bf16's 8 bits each; a weight is found as (256 + code) - (256 + zero).
+        const double base = fabs(weight - l.outliers[static_cast<size_t>(r * in + k)]);
+        const double of_weight = 0x1p-8 * base + 0x1p-14 * l.scales[group];
+        const double of_input = 0x1p-8 * fabs(value) + 0x1p-126;
+        rounded += (fabs(value) + of_input) * of_weight + base * of_input;
       }
       const double half_step = 0.51 * largest / largest_activation(bits);
-      const double bound = half_step * step + static_cast<double>(in + 32) * 0x1p-24 * size;
+      const double bound = (in_bf16 ? rounded : half_step * step) +
+                           static_cast<double>(in + 32) * 0x1p-24 * size;
       if (!(fabs(y[t * out + r] - exact) <= bound)) fail(l.is, "linear is off");
     }
   }
   x[x.size() - 1] = static_cast<float>(NAN);
-  if (linear(tiles, l.weight.outliers, nullptr, x.get(), n_tokens, bits, 1, y.get())) {
-    fail(l.is, "linear took NaN");
-  }
+  const bool took_it = linear(tiles, l.weight.outliers, nullptr, x.get(), n_tokens, bits, 1, y.get());
+  if (took_it != in_bf16) fail(l.is, "linear and its rule differ on NaN");
+  if (in_bf16 && !isnan(y[y.size() - 1])) fail(l.is, "linear lost NaN");
 }
 
 void check(const Case& c, Random& random) {
@@ -269,6 +276,16 @@ void check(const Case& c, Random& random) {
   for (const int64_t n_tokens : {1, 2, 3, 4, 5, 8, 67}) {
     if (n_tokens > 8 && c.out_features * c.in_features > 8000) continue;
     for (const int bits : {8, 16}) check_linear(l, tiles, n_tokens, bits, random);
+  }
+}
+
+// More inputs than bf16 takes at a time.
+void check_many_inputs(Random& random) {
+  for (const int64_t in_features : {4097, 9000}) {
+    const Case c = {4, 18, in_features, 96, false, Zeros::kWhole, 7, Values::kUsual};
+    const Layer l(c, random);
+    const OwnTiles own(l);
+    check_linear(l, own.tiles, 65, 8, random);
   }
 }
 
@@ -309,7 +326,7 @@ void check_registers_stay(Random& random) {
   for (const bool configured : {true, false}) {
     if (!configured) memset(others, 0, sizeof others);
     if (configured) _tile_loadconfig(others);
-    check_linear(l, own.tiles, 8, 8, random);
+    for (const int64_t n_tokens : {8, 64}) check_linear(l, own.tiles, n_tokens, 8, random);
     _tile_storeconfig(after);
     if (memcmp(others, after, sizeof after) != 0) fail(c, "linear left other AMX registers");
     _tile_release();
@@ -341,6 +358,7 @@ int main(int n_arguments, char** arguments) {
         }
       }
     }
+    check_many_inputs(random);
     check_rounding(random);
 #ifdef LWQUANT_EMULATE_AMX
     check_registers_stay(random);
