@@ -293,6 +293,7 @@ NB_MODULE(_kernels, m) {
   m.def("unpack", bind_unpack, Unlocked());
   m.def("round_block", bind_round_block, Unlocked());
   m.def("fit_groups", bind_fit_groups, Unlocked());
+  m.def("runs_in_bf16", runs_in_bf16);
   m.def("isa", [] { return std::string(current_isa().name); });
   m.def("available_isas", isa_names);
   m.def("set_isa", set_isa);

@@ -33,8 +33,13 @@ class Candidate:
     # (out_features, in_features): what the first weight of the pool stands for, made when it is
     # asked for, as it is several times as large as the weight.
     dense: Callable[[], Tensor]
-    tolerance: float  # of the largest output, for the check before the timing
+    # Of the largest output, for the check before the timing, by the number of tokens.
+    tolerance: Callable[[int], float]
     activation_bits: int = 0  # 0: a peer's, which do not matter here
+
+
+def always(tolerance: float) -> Callable[[int], float]:
+    return lambda n_tokens: tolerance
 
 
 @cache

@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernel_runs.candidate import DRAWN_ROWS, Call, Candidate, Shape, pool_size, repeated_rows
+from kernel_runs.candidate import (
+    DRAWN_ROWS,
+    Call,
+    Candidate,
+    Shape,
+    always,
+    pool_size,
+    repeated_rows,
+)
 
 # ggml.h's numbers of the types.
 TYPES = {
@@ -217,7 +225,7 @@ def _candidate(
         return [_call(lib, weight, x, out_features) for _, weight in pool[:n]]
 
     dense = partial(repeated_rows, drawn, out_features)
-    return Candidate(name, bits, stored.numel(), bind, dense, TOLERANCE)
+    return Candidate(name, bits, stored.numel(), bind, dense, always(TOLERANCE))
 
 
 def _call(lib: Library, weight: int, x: Tensor, out_features: int) -> Call:

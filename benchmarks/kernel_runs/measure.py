@@ -65,7 +65,7 @@ def check(candidate: Candidate, calls: list[Call], x: Tensor) -> None:
     some = slice(None, None, -(-len(x) // CHECKED_TOKENS))
     expected = x[some].double() @ candidate.dense().double().T
     error = (calls[0]()[some].double() - expected).abs().max() / expected.abs().max()
-    if not error < candidate.tolerance:
+    if not error < candidate.tolerance(len(x)):
         raise SystemExit(f"{candidate.name}: wrong result, relative error {error:.3g}")
 
 

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from kernel_runs.candidate import Call, Candidate, Shape, pool_size
+from kernel_runs.candidate import Call, Candidate, Shape, always, pool_size
 
 WIDTHS = (2, 4, 8)
 INT8_ACTIVATIONS = 4  # of its "accuracy levels"
@@ -52,7 +52,7 @@ def _candidate(shape: Shape, bits: int, group: int, threads: int) -> Candidate:
         return torch.from_numpy(steps * wide)
 
     name = f"onnxruntime {bits} bits g{group}"
-    return Candidate(name, bits, size, bind, dense, TOLERANCE)
+    return Candidate(name, bits, size, bind, dense, always(TOLERANCE))
 
 
 def _call(session: onnxruntime.InferenceSession, x: Tensor, y: Tensor) -> Call:

@@ -16,6 +16,7 @@ from lwquant.scheme import QuantScheme, row_words
 
 # Of the largest output: activations are integers up to 127 or 32639 times a span's largest.
 TOLERANCE = {8: 0.03, 16: 1e-4}
+BF16 = 0.02
 NO_OUTLIERS = (None, None, None)
 
 
@@ -37,7 +38,11 @@ def candidate(shape: Shape, scheme: QuantScheme, activation_bits: int) -> Candid
 
     dense = partial(ops.dequantize_tiled, first, out_features, in_features)
     name = f"{scheme.label}-a{activation_bits}"
-    tolerance = TOLERANCE[activation_bits]
+
+    def tolerance(n_tokens: int) -> float:
+        in_bf16 = ops.runs_in_bf16(scheme.bits, n_tokens, activation_bits)
+        return BF16 if in_bf16 else TOLERANCE[activation_bits]
+
     return Candidate(name, scheme.bits, n_bytes, bind, dense, tolerance, activation_bits)
 
 

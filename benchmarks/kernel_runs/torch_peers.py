@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernel_runs.candidate import Call, Candidate, Shape, pool_size
+from kernel_runs.candidate import Call, Candidate, Shape, always, pool_size
 
 BF16_NAME = "torch bf16"
 BF16 = 2.0**-6  # of the largest output
@@ -34,7 +34,7 @@ def bf16(shape: Shape) -> Candidate:
         narrow = x.bfloat16()
         return [lambda w=w: F.linear(narrow, w) for w in pool[:n]]  # type: ignore[misc]
 
-    return Candidate(BF16_NAME, 16, size, bind, lambda: first, BF16)
+    return Candidate(BF16_NAME, 16, size, bind, lambda: first, always(BF16))
 
 
 def _int8_weights(shape: Shape) -> Candidate:
@@ -50,7 +50,7 @@ def _int8_weights(shape: Shape) -> Candidate:
     def dense() -> Tensor:
         return first.float() * scales.float()[:, None]
 
-    return Candidate("torch int8 weights", 8, first.numel(), bind, dense, BF16)
+    return Candidate("torch int8 weights", 8, first.numel(), bind, dense, always(BF16))
 
 
 def _dynamic_int8(shape: Shape, engine: str) -> Candidate:
@@ -65,7 +65,12 @@ def _dynamic_int8(shape: Shape, engine: str) -> Candidate:
         return [lambda w=w: torch.ops.quantized.linear_dynamic(x, w) for w in pool[:n]]  # type: ignore[misc]
 
     return Candidate(
-        f"torch dynamic int8 ({engine})", 8, size, bind, quantized.dequantize, INT8_ACTIVATIONS
+        f"torch dynamic int8 ({engine})",
+        8,
+        size,
+        bind,
+        quantized.dequantize,
+        always(INT8_ACTIVATIONS),
     )
 
 
@@ -91,4 +96,4 @@ def _int4(shape: Shape, group: int) -> Candidate:
         wide = (t.float().T.repeat_interleave(group, 1) for t in (scales, offsets))
         return (codes - 8) * next(wide) + next(wide)
 
-    return Candidate(f"torch int4 g{group}", 4, size, bind, dense, BF16)
+    return Candidate(f"torch int4 g{group}", 4, size, bind, dense, always(BF16))

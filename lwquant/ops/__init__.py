@@ -6,7 +6,14 @@ but for float32 sums. The fast matmul is `lwquant::linear_tiled`, on layers laid
 """
 
 import lwquant.ops.gradient  # noqa: F401  (registers the backward of linear)
-from lwquant.ops.native import UncompiledWarning, available_isas, compiled, isa, set_isa
+from lwquant.ops.native import (
+    UncompiledWarning,
+    available_isas,
+    compiled,
+    isa,
+    runs_in_bf16,
+    set_isa,
+)
 from lwquant.ops.schema import dequantize, linear, pack, unpack
 from lwquant.ops.tiles import (
     TiledLinear,
@@ -29,6 +36,7 @@ __all__ = [
     "linear_tiled",
     "make_tiles",
     "pack",
+    "runs_in_bf16",
     "set_isa",
     "tiles_bytes",
     "unmake_tiles",

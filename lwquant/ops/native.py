@@ -61,6 +61,11 @@ def set_isa(name: str) -> None:
         _kernels.set_isa(name)
 
 
+def runs_in_bf16(bits: int, n_tokens: int, activation_bits: int) -> bool:
+    """Whether the kernels round weights and inputs of such a call to bf16, not to integers."""
+    return _kernels is not None and _kernels.runs_in_bf16(bits, n_tokens, activation_bits)
+
+
 @functools.cache
 def warn_uncompiled() -> None:
     """Say once that the slow path runs."""
@@ -190,10 +195,9 @@ class TiledLinear:
         None where x holds NaN or infinity. Else as linear_reference, and apart from float32
         summation no further from it than Σ over groups of |scale| · max|x| · 0.51 / L ·
         Σ|code − zero|: the kernels hold x as integers up to L, 32639 at 16 bits and 127 at 8.
-        tests/unit/test_ops_linear.py derives the bound and holds every kernel to it. On AMX 64 tokens
-        and more round weights and x to bf16 instead, each by 2⁻⁸ of itself at most, unless weights
-        have 7 or 8 bits and x 16; NaN and infinity stay in their tokens then. See
-        csrc/linear_amx_bf16.cpp and tests/unit/test_ops_bf16.py.
+        tests/unit/test_ops_linear.py derives the bound and holds every kernel to it. Where
+        runs_in_bf16() weights and x are rounded to bf16 instead, by 2⁻⁸ of themselves at most, and
+        NaN and infinity stay in their tokens. See csrc/linear_amx_bf16.cpp, test_ops_bf16.py.
         """
         y = x.new_empty((*x.shape[:-1], self.out_features))
         done = self._checked.run(
