@@ -213,6 +213,7 @@ void check_linear(const Layer& l, const Tiles& tiles, int64_t n_tokens, int bits
     fail(l.is, "two threads give another result");
   }
   const bool in_bf16 = runs_in_bf16(l.is.bits, n_tokens, bits);
+  double errors = 0, products = 0;  // squares: roundings of different products do not add up
   for (int64_t t = 0; t < n_tokens; ++t) {
     double largest = 0x1p-100;
     for (int64_t k = 0; k < in; ++k) largest = fmax(largest, fabs(x[t * in + k]));
@@ -230,12 +231,18 @@ void check_linear(const Layer& l, const Tiles& tiles, int64_t n_tokens, int bits
         const double of_weight = 0x1p-8 * base + 0x1p-14 * l.scales[group];
         const double of_input = 0x1p-8 * fabs(value) + 0x1p-126;
         rounded += (fabs(value) + of_input) * of_weight + base * of_input;
+        products += pow(value * (base + 0x1p-6 * l.scales[group]), 2);
       }
       const double half_step = 0.51 * largest / largest_activation(bits);
       const double bound = (in_bf16 ? rounded : half_step * step) +
                            static_cast<double>(in + 32) * 0x1p-24 * size;
       if (!(fabs(y[t * out + r] - exact) <= bound)) fail(l.is, "linear is off");
+      errors += pow(y[t * out + r] - exact, 2);
+      products += pow(0x1p-16 * size, 2);
     }
+  }
+  if (in_bf16 && l.is.values == Values::kUsual && errors > 0x1p-13 * products) {
+    fail(l.is, "linear is off on average");
   }
   memset(&x[x.size() - 1], 0xff, sizeof(float));  // NaN of all bits, which adding to them would lose
   const bool took_it = linear(tiles, l.weight.outliers, nullptr, x.get(), n_tokens, bits, 1, y.get());
@@ -281,8 +288,9 @@ void check(const Case& c, Random& random) {
 
 // More inputs than bf16 takes at a time.
 void check_many_inputs(Random& random) {
-  for (const int64_t in_features : {4097, 9000}) {
-    const Case c = {4, 18, in_features, 96, false, Zeros::kWhole, 7, Values::kUsual};
+  const int64_t shapes[][2] = {{18, 4097}, {18, 9000}, {70, 4400}};  // the last for two threads
+  for (const auto& shape : shapes) {
+    const Case c = {4, shape[0], shape[1], 96, false, Zeros::kWhole, 7, Values::kUsual};
     const Layer l(c, random);
     const OwnTiles own(l);
     check_linear(l, own.tiles, 65, 8, random);
