@@ -10,7 +10,7 @@ namespace gpu {
 enum Float : int32_t { kFloat32, kFloat16, kBfloat16 };
 
 constexpr int kWarp = 32;
-constexpr int kFewTokens = 2;    // up to which a warp multiplies rows by tokens one by one
+constexpr int kFewTokens = 1;    // up to which no tensor cores are used
 constexpr int kManyTokens = 64;  // up to which tensor cores multiply them
 constexpr int kGroupTokens = 32;  // of them that a block of threads has
 constexpr int kColumns = 8;      // tokens of one tensor-core instruction

@@ -15,7 +15,6 @@
   }
 
 FEW(1)
-FEW(2)
 MANY(8)
 MANY(16)
 MANY(32)

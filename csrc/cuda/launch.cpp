@@ -52,16 +52,12 @@ const char* launch(const Module& module, Kernel kernel, Grid grid, int n_threads
 }
 
 Kernel kernel_for(const Plan& plan) {
-  if (!plan.many) return plan.layout_tokens == 1 ? kMultiplyFew1 : kMultiplyFew2;
+  if (!plan.many) return kMultiplyFew1;
   if (plan.layout_tokens == 8) return kMultiplyMany8;
   return plan.layout_tokens == 16 ? kMultiplyMany16 : kMultiplyMany32;
 }
 
 }  // namespace
-
-const char* const kKernelNames[kKernels] = {
-    "quantize_few",    "quantize_many",    "multiply_few_1", "multiply_few_2", "multiply_many_8",
-    "multiply_many_16", "multiply_many_32", "add_parts",      "dequantize"};
 
 const char* load_module(const Driver& driver, const void* image, int bits, int activation_bits,
                         int span_blocks, Module* out) {

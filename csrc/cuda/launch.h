@@ -27,7 +27,6 @@ enum Kernel {
   kQuantizeFew,
   kQuantizeMany,
   kMultiplyFew1,
-  kMultiplyFew2,
   kMultiplyMany8,
   kMultiplyMany16,
   kMultiplyMany32,
@@ -35,7 +34,9 @@ enum Kernel {
   kDequantize,
   kKernels
 };
-extern const char* const kKernelNames[kKernels];
+constexpr const char* kKernelNames[kKernels] = {
+    "quantize_few",     "quantize_many",    "multiply_few_1", "multiply_many_8",
+    "multiply_many_16", "multiply_many_32", "add_parts",      "dequantize"};
 
 // Machine code of csrc/cuda/kernels.cu for one kind of layer, loaded.
 struct Module {

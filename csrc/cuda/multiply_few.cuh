@@ -1,6 +1,6 @@
-// One or two tokens: a block has one tile, its warps share the inputs out. With more, products of
-// four at a time (64 threads' a cycle and multiprocessor) take longer than the tiles' way from
-// memory, and tensor cores do better: multiply_many.cuh.
+// One token: a block has one tile, its warps share the inputs out. With more, products of four at a
+// time (64 threads' a cycle and multiprocessor) would soon take longer than the tiles' way from
+// memory, and tensor cores have them for nothing: multiply_many.cuh.
 //
 // A lane has one row of 4 blocks of inputs at a time (the other half of its warp the next 4), whose
 // words are all under way before the first is unpacked; 16 lanes read a line of 64 bytes. Sums are

@@ -1,4 +1,4 @@
-// From 3 tokens on, on tensor cores: a block has 4 tiles, a warp each, a part of the inputs, and up to
+// From 2 tokens on, on tensor cores: a block has 4 tiles, a warp each, a part of the inputs, and up to
 // 32 tokens: with more, blocks of the same tiles and other tokens run side by side, which costs
 // unpacking twice, but neither registers nor (the tiles are in the L2 cache) memory.
 //
@@ -99,6 +99,7 @@ INLINE void multiply_many(const Multiplying& m) {
   const auto copy = [&](int chunk) {
     const uint8_t* from = rounded + chunk * kChunkBytes;
     uint8_t* to = stages[chunk % 2].bytes;
+#pragma unroll 1
     for (int i = thread_index() * 16; i < kChunkBytes; i += kManyWarps * kWarp * 16) {
       start_copy(to + i, from + i);
     }

@@ -22,10 +22,9 @@ void run(void** arguments) {
    LWQUANT_PLANES,                                                                        \
    LWQUANT_SPAN,                                                                          \
    {run<gpu::Quantizing, quantize_few>, run<gpu::Quantizing, quantize_many>,              \
-    run<gpu::Multiplying, multiply_few_1>, run<gpu::Multiplying, multiply_few_2>,         \
-    run<gpu::Multiplying, multiply_many_8>, run<gpu::Multiplying, multiply_many_16>,      \
-    run<gpu::Multiplying, multiply_many_32>, run<gpu::Multiplying, add_parts>,            \
-    run<gpu::Dequantizing, dequantize>}}
+    run<gpu::Multiplying, multiply_few_1>, run<gpu::Multiplying, multiply_many_8>,        \
+    run<gpu::Multiplying, multiply_many_16>, run<gpu::Multiplying, multiply_many_32>,     \
+    run<gpu::Multiplying, add_parts>, run<gpu::Dequantizing, dequantize>}}
 
 #define LWQUANT_SPAN 1
 namespace spans_of_32 {
@@ -46,13 +45,8 @@ constexpr Module kModule = MODULE;
 }  // namespace spans_of_128
 
 constexpr Module kModules[] = {spans_of_32::kModule, spans_of_64::kModule, spans_of_128::kModule};
+const Known known(kModules);
 
 }  // namespace
-
-template <>
-const Module (&modules_of<LWQUANT_BITS>())[3] {
-  return kModules;
-}
-
 }  // namespace emulated_modules
 }  // namespace lwquant

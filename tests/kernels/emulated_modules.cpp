@@ -5,18 +5,12 @@
 namespace lwquant {
 namespace emulated_modules {
 
-#define MODULES_OF(bits) \
-  template <>            \
-  const Module (&modules_of<bits>())[3];
-MODULES_OF(2)
-MODULES_OF(3)
-MODULES_OF(4)
-MODULES_OF(5)
-MODULES_OF(6)
-MODULES_OF(7)
-MODULES_OF(8)
-
 namespace {
+
+std::vector<const Module*>& all_modules() {
+  static std::vector<const Module*> own;
+  return own;
+}
 
 int load_module(void** module, const void* image) {
   *module = const_cast<void*>(image);
@@ -45,7 +39,10 @@ int launch(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, un
 }
 
 int error_text(int error, const char** text) {
-  *text = error == 500 ? "named symbol not found" : "invalid argument";
+  *text = error == 200   ? "device kernel image is invalid"
+          : error == 209 ? "no kernel image is available for execution on the device"
+          : error == 500 ? "named symbol not found"
+                         : "invalid argument";
   return 0;
 }
 
@@ -56,14 +53,15 @@ const gpu::Driver& driver() {
   return own;
 }
 
-const Module& module_for(int bits, int planes, int span) {
-  const Module* const every[] = {modules_of<2>(), modules_of<3>(), modules_of<4>(), modules_of<5>(),
-                                 modules_of<6>(), modules_of<7>(), modules_of<8>()};
-  for (int i = 0; i < 3; ++i) {
-    const Module& module = every[bits - 2][i];
-    if (module.span == span && module.planes == planes) return module;
+Known::Known(const Module (&modules)[3]) {
+  for (const Module& module : modules) all_modules().push_back(&module);
+}
+
+const Module* module_for(int bits, int planes, int span) {
+  for (const Module* module : all_modules()) {
+    if (module->bits == bits && module->planes == planes && module->span == span) return module;
   }
-  gpu::emulated::fail("no such module was compiled");
+  return nullptr;
 }
 
 }  // namespace emulated_modules

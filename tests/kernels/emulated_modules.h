@@ -17,13 +17,14 @@ struct Module {
   void (*functions[gpu::kKernels])(void** arguments);
 };
 
-// One file's: those of `bits`, a module for each span.
-template <int BITS>
-const Module (&modules_of())[3];
+// Makes a file's modules known, one for each span.
+struct Known {
+  explicit Known(const Module (&modules)[3]);
+};
 
 const gpu::Driver& driver();
-// What load_module() takes for an image.
-const Module& module_for(int bits, int planes, int span);
+// What driver().load_module() takes for an image; null where none was compiled.
+const Module* module_for(int bits, int planes, int span);
 
 }  // namespace emulated_modules
 }  // namespace lwquant
