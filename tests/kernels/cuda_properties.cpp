@@ -1,8 +1,8 @@
 // Properties of the GPU kernels on a CPU, for sanitizers: random layers of every width and kind, every
 // way of multiplying, buffers of exactly the size that a call may touch, threads in two orders.
 //
-//   cuda_properties    prints the widths it ran, one a line, or the case that failed on stderr, with
-//                      status 1
+//   cuda_properties [BITS]    one width or all; prints those it ran, one a line, or the case that
+//                             failed on stderr, with status 1
 #include "random_layers.h"
 
 #include "emulated_cuda.h"
@@ -225,11 +225,13 @@ void check(const Case& c, int span, int64_t number, Random& random) {
 
 }  // namespace
 
-int main() {
+int main(int n_arguments, char** arguments) {
+  const int only = n_arguments > 1 ? atoi(arguments[1]) : 0;
   Random random{1};
   int64_t number = 0;
   const int64_t shapes[][2] = {{1, 1}, {16, 32}, {33, 1000}, {70, 129}, {64, 320}, {5, 576}};
   for (int bits = 2; bits <= 8; ++bits) {
+    if (only && bits != only) continue;
     for (const int span : emulated_modules::kSpans) {
       for (const auto& shape : shapes) {
         // Groups whose longest span is this one.

@@ -28,15 +28,19 @@ from lwquant.ops import native
 from lwquant.ops.cuda import tiled
 
 
+# With 3 bits the driver has 8-bit activations in groups of 64, 16-bit ones in the others, see
+# emulated_modules.h; unpacking a weight takes either.
+PLANES = {1: 2, 2: 1, 4: 2}
+
+
 def code(kind, architecture):
-    return f"{kind.bits} {kind.activation_bits // 8} {kind.span_blocks}\\0".encode()
+    return f"{kind.bits} {PLANES[kind.span_blocks]} {kind.span_blocks}\\0".encode()
 
 
 fake = mock.patch.multiple(
     tiled, compiled=code, architecture=str, _stream=lambda _: 0, _multiprocessors=lambda _: 3
 )
 with fake, mock.patch("torch.cuda.device"):
-    # The widths of activations that the driver has with 3 bits: emulated_modules.h.
     for group_size, activation_bits in ((32, 16), (64, 8), (128, 16), (1000, 16)):
         layer = random_layer(40, 1000, 3, group_size, bias=True, fine=group_size == 64)
         weight = tiled.dequantize(layer.tiles, 40, 1000)

@@ -40,7 +40,8 @@ def linear(
     tokens = x.reshape(-1, in_features).contiguous()
     n_tokens = tokens.shape[0]
     if n_tokens > native.gpu_tokens():
-        weight = _weight(layer, tiles.device, out_features, in_features, x.dtype)
+        shape = out_features, in_features
+        weight = _weight(layer, activation_bits, shape, x.dtype, tiles.device)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     y = x.new_empty(*x.shape[:-1], out_features)
     if n_tokens == 0:
@@ -72,7 +73,7 @@ def linear(
 def dequantize(tiles: Tensor, out_features: int, in_features: int) -> Tensor:
     """The weight, (out_features, in_features) float32; equal to the CPU's bit for bit."""
     layer = layer_of(tiles, out_features, in_features)
-    return _weight(layer, tiles.device, out_features, in_features, torch.float32)
+    return _weight(layer, 16, (out_features, in_features), torch.float32, tiles.device)
 
 
 def layer_of(tiles: Tensor, out_features: int, in_features: int) -> GpuLayer:
@@ -87,14 +88,14 @@ def layer_of(tiles: Tensor, out_features: int, in_features: int) -> GpuLayer:
 
 def _weight(
     layer: GpuLayer,
-    device: torch.device,
-    out_features: int,
-    in_features: int,
+    activation_bits: int,
+    shape: tuple[int, int],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
-    # Any width of activations: unpacking knows none.
-    kernels = _kernels(layer, 16, device)
+    """By the kernels for `activation_bits`: all can unpack, and these may be there already."""
+    weight = torch.empty(shape, dtype=dtype, device=device)
+    kernels = _kernels(layer, activation_bits, device)
     with torch.cuda.device(device):
         layer.dequantize(kernels, weight.data_ptr(), FLOATS.index(dtype), _stream(device))
     return weight
