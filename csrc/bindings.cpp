@@ -276,6 +276,9 @@ void set_isa(const std::string& name) {
 }
 
 }  // namespace
+
+void bind_gpu(nb::module_&);  // cuda/bindings.cpp
+
 }  // namespace lwquant
 
 NB_MODULE(_kernels, m) {
@@ -297,4 +300,5 @@ NB_MODULE(_kernels, m) {
   m.def("isa", [] { return std::string(current_isa().name); });
   m.def("available_isas", isa_names);
   m.def("set_isa", set_isa);
+  bind_gpu(m);
 }

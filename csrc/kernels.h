@@ -8,6 +8,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "activation_steps.h"
 #include "rounding.h"
 #include "tiles.h"
 
@@ -42,12 +43,6 @@ struct Weight {
   Outliers outliers;
 };
 
-constexpr int kByteExponent = 10;  // a row's first byte, shifted so, starts its window
-constexpr int kByteStep = 6;       // the others count float16 patterns above it in steps of 2^6
-
-// What one more in a byte of zeros adds to the zero-point, in codes.
-constexpr float byte_zero_step(int bits) { return 1.0f / static_cast<float>(1 << (8 - bits)); }
-
 // The inputs of a call as integers: x = q * span_scale with |q| <= largest_activation(bits).
 // A span is up to kMaxSpanBlocks blocks of one group: its integer products stay below 2^31.
 struct Activations {
@@ -63,15 +58,6 @@ struct Activations {
   int64_t span_bytes;
   int64_t spans_per_group;  // the last group may have fewer
 };
-
-constexpr int kMaxSpanBlocks = 4;
-// At 16 bits q = 256 * high + low, and the low byte is signed, too.
-constexpr int largest_activation(int bits) { return bits == 8 ? 127 : 127 * 256 + 127; }
-
-// A span whose largest value is below this is measured with this instead, so that the scale and
-// its inverse stay normal numbers; the error is then at most 2^-108 an input.
-constexpr float kSmallestRange = 0x1p-100f;
-constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 // What a span of one token was rounded with, and the sum of its q.
 struct Span {
@@ -161,6 +147,10 @@ bool tiles_fit(const Weight&);  // whether its groups are whole steps
 int64_t tiles_size(const Weight&);
 void make_tiles(const Weight&, int n_threads, uint8_t* data);  // outliers are not in it
 bool read_tiles(const uint8_t* data, int64_t size, Tiles* out);  // false: these are no tiles
+// The same of a header whose tiles are elsewhere, `size` bytes with it: out->first is null.
+bool read_header(const TilesHeader&, int64_t size, Tiles* out);
+// The longest span that groups are whole numbers of, in blocks.
+int64_t span_blocks(const Tiles&);
 // The row streams again; `zeros` (n_groups, out_features) in bytes, null where there are none.
 void unmake_tiles(const Tiles&, int n_threads, int32_t* codes, uint8_t* scales, uint8_t* zeros);
 // out (n_rows, in_features): the weight's rows from those of `first_tile` on, with outliers.

@@ -31,14 +31,6 @@ int useful_threads(int n_threads, int64_t products) {
   return static_cast<int>(std::min<int64_t>(n_threads, most));
 }
 
-// The longest span that groups are whole numbers of, in blocks.
-int64_t span_blocks(const Tiles& w) {
-  if (w.n_groups == 1) return kMaxSpanBlocks;
-  int64_t blocks = kMaxSpanBlocks;
-  while (w.is.group_size % (blocks * kBlockInputs) != 0) blocks /= 2;
-  return blocks;
-}
-
 // Runs body(first_row, n_rows, seat) for blocks of kBlockRows rows.
 template <typename Body>
 void for_each_block(int64_t n_rows, int n_threads, Body body) {

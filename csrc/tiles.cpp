@@ -14,10 +14,9 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-Tiles tiles_of(const TilesHeader& is, const uint8_t* data) {
+Tiles tiles_of(const TilesHeader& is) {
   Tiles t{};
   t.is = is;
-  t.first = data + sizeof(TilesHeader);
   t.n_tiles = (is.out_features + kTileOutputs - 1) / kTileOutputs;
   t.n_groups = (is.in_features + is.group_size - 1) / is.group_size;
   t.padded_inputs = round_up(is.in_features, kBlockInputs);
@@ -135,29 +134,42 @@ void tile_codes(const Tiles& t, int64_t tile, uint8_t* codes) {
 }
 
 int64_t tiles_size(const Weight& w) {
-  const Tiles t = tiles_of(header_of(w), nullptr);
+  const Tiles t = tiles_of(header_of(w));
   return static_cast<int64_t>(sizeof(TilesHeader)) + t.n_tiles * t.tile_bytes;
 }
 
 bool tiles_fit(const Weight& w) { return w.n_groups == 1 || w.group_size % kBlockInputs == 0; }
 
-bool read_tiles(const uint8_t* data, int64_t size, Tiles* out) {
-  if (size < static_cast<int64_t>(sizeof(TilesHeader))) return false;
-  TilesHeader is;
-  memcpy(&is, data, sizeof is);
+bool read_header(const TilesHeader& is, int64_t size, Tiles* out) {
   const bool plausible = is.magic == kTilesMagic && is.bits >= 2 && is.bits <= 8 &&
                          is.out_features >= 1 && is.in_features >= 1 && is.group_size >= 1 &&
                          is.group_size <= is.in_features &&
                          (is.group_size == is.in_features || is.group_size % kBlockInputs == 0);
   if (!plausible) return false;
-  *out = tiles_of(is, data);
+  *out = tiles_of(is);
   return size == static_cast<int64_t>(sizeof(TilesHeader)) + out->n_tiles * out->tile_bytes;
+}
+
+bool read_tiles(const uint8_t* data, int64_t size, Tiles* out) {
+  if (size < static_cast<int64_t>(sizeof(TilesHeader))) return false;
+  TilesHeader is;
+  memcpy(&is, data, sizeof is);
+  if (!read_header(is, size, out)) return false;
+  out->first = data + sizeof is;
+  return true;
+}
+
+int64_t span_blocks(const Tiles& w) {
+  if (w.n_groups == 1) return kMaxSpanBlocks;
+  int64_t blocks = kMaxSpanBlocks;
+  while (w.is.group_size % (blocks * kBlockInputs) != 0) blocks /= 2;
+  return blocks;
 }
 
 void make_tiles(const Weight& w, int n_threads, uint8_t* data) {
   const TilesHeader is = header_of(w);
   memcpy(data, &is, sizeof is);
-  const Tiles t = tiles_of(is, data);
+  const Tiles t = tiles_of(is);
   uint8_t* first = data + sizeof is;
   for_each_tile(t.n_tiles, n_threads, [&](int64_t tile) {
     uint8_t* begin = first + tile * t.tile_bytes;

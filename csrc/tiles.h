@@ -8,7 +8,8 @@
 //             8 vectors of 64 codes, each four inputs of row 0, of row 1, .. of row 15.
 //
 // Inputs are filled up to whole blocks with codes 0, rows to whole tiles with scales 0.
-// Included by every instruction set: records and constants only, see kernels.h.
+// Included by every instruction set and by the GPU kernels: records and constants only, see
+// kernels.h.
 #pragma once
 #include <stdint.h>
 
@@ -21,6 +22,12 @@ constexpr int kBlockVectors = 8;
 constexpr int kBlockInputs = kBlockVectors * kQuad;  // 32
 constexpr int kLine = 64;                            // bytes, what everything is aligned to
 constexpr uint32_t kTilesMagic = 0x3154514c;         // "LQT1"
+
+constexpr int kByteExponent = 10;  // a row's first byte, shifted so, starts its window
+constexpr int kByteStep = 6;       // the others count float16 patterns above it in steps of 2^6
+
+// What one more in a byte of zeros adds to the zero-point, in codes.
+constexpr float byte_zero_step(int bits) { return 1.0f / static_cast<float>(1 << (8 - bits)); }
 
 struct TilesHeader {
   uint32_t magic;
@@ -38,7 +45,7 @@ static_assert(sizeof(TilesHeader) == kLine, "codes must stay aligned");
 // The header with what follows from it.
 struct Tiles {
   TilesHeader is;
-  const uint8_t* first;  // of tile 0
+  const uint8_t* first;  // of tile 0, or null
   int64_t n_tiles;
   int64_t n_groups;
   int64_t padded_inputs;

@@ -41,9 +41,9 @@ class QuantizedLinear(nn.Module):
 
     There is no `weight`: use `dequantize()`. Gradients reach the input and the bias, not the codes.
 
-    On a CPU qweight, scales and zeros are laid out as the kernels read them, see prepare(), and are
-    None from then on; the buffer `tiles` is what they became. `state_dict()`, copying and moving
-    bring them back.
+    On a CPU, and without outliers on an NVIDIA GPU, qweight, scales and zeros are laid out as the
+    kernels read them, see prepare(), and are None from then on; the buffer `tiles` is what they
+    became. `state_dict()`, copying and moving bring them back.
     """
 
     qweight: Tensor
@@ -139,20 +139,24 @@ class QuantizedLinear(nn.Module):
         return y
 
     def prepare(self) -> ops.TiledLinear | None:
-        """Lay the weight out for the CPU kernels, in place of qweight, scales and zeros.
+        """Lay the weight out for the kernels, in place of qweight, scales and zeros.
 
         Loading a model does it, and the first call of a layer that was made otherwise or moved,
         but not while torch.compile traces it. Returns what runs them, see lwquant/ops/tiles.py;
-        None where no kernel takes the layer: on another device, with a codebook, and in groups that
-        are neither a multiple of 32 nor a whole row.
+        None where no kernel takes the layer: on another device, with a codebook, in groups that are
+        neither a multiple of 32 nor a whole row, and with outliers on a GPU.
         """
         with _LAYOUT:
-            if self._kernel is not None or not self.qweight.is_cpu:
+            if self._kernel is not None:
                 return self._kernel
+            device = self.qweight.device
+            if not (device.type == "cpu" or (device.type == "cuda" and not self.scheme.outliers)):
+                return None
             if not ops.tiles_bytes(self.scheme, self.out_features, self.in_features):
                 return None
-            stored = self.qweight, self.scales, self.zeros
-            tiles = ops.make_tiles(self.scheme, self.in_features, *stored)
+            zeros = None if self.zeros is None else self.zeros.cpu()
+            in_host = self.qweight.cpu(), self.scales.cpu(), zeros
+            tiles = ops.make_tiles(self.scheme, self.in_features, *in_host).to(device)
             kernel = ops.TiledLinear(tiles, self.out_features, self.in_features, self._outliers)
             for name in ("qweight", "scales", "zeros"):
                 self._buffers[name] = None
@@ -166,9 +170,9 @@ class QuantizedLinear(nn.Module):
             if self._kernel is None:
                 return
             tiles = self._kernel.tiles
-            stored = ops.unmake_tiles(tiles, self.scheme, self.out_features, self.in_features)
+            stored = ops.unmake_tiles(tiles.cpu(), self.scheme, self.out_features, self.in_features)
             for name, tensor in zip(("qweight", "scales", "zeros"), stored, strict=True):
-                self._buffers[name] = tensor
+                self._buffers[name] = None if tensor is None else tensor.to(tiles.device)
             self._buffers["tiles"] = None
             self._kernel = None
 

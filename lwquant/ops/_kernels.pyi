@@ -87,3 +87,38 @@ def runs_in_bf16(bits: int, n_tokens: int, activation_bits: int, /) -> bool: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_isa(name: str, /) -> None: ...
+
+GPU_TOKENS: int
+
+class GpuKernels:
+    def __init__(
+        self, code: bytes, bits: int, activation_bits: int, span_blocks: int, /
+    ) -> None: ...
+
+class GpuLayer:
+    def __init__(
+        self, header: bytes, tiles: int, size: int, out_features: int, in_features: int, /
+    ) -> None: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def span_blocks(self) -> int: ...
+    def workspace_bytes(
+        self, n_tokens: int, activation_bits: int, n_multiprocessors: int, /
+    ) -> int: ...
+    def multiply(
+        self,
+        kernels: GpuKernels,
+        x: int,
+        x_type: int,
+        n_tokens: int,
+        bias: int,
+        bias_type: int,
+        y: int,
+        workspace: int,
+        workspace_bytes: int,
+        n_multiprocessors: int,
+        stream: int,
+        /,
+    ) -> None: ...
+    def dequantize(self, kernels: GpuKernels, out: int, out_type: int, stream: int, /) -> None: ...

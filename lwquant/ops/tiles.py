@@ -1,7 +1,7 @@
 """Layers as the kernels read them: tiles of 16 rows, see csrc/tiles.h. They are never saved.
 
-`lwquant::linear_tiled` and `lwquant::dequantize_tiled` are the operators on them; they have the CPU
-kernels only. Which layer a buffer of tiles holds is written in it.
+`lwquant::linear_tiled` and `lwquant::dequantize_tiled` are the operators on them, with kernels for
+CPUs and for NVIDIA GPUs (lwquant/ops/cuda). Which layer a buffer of tiles holds is written in it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from lwquant.errors import LwquantError
 from lwquant.ops import native
 from lwquant.ops.activations import BLOCK
+from lwquant.ops.cuda import tiled as cuda
 from lwquant.ops.gradient import of_bias, of_input
 from lwquant.ops.huge_pages import empty_bytes
 from lwquant.ops.native import OutlierTensors
@@ -145,18 +146,17 @@ class TiledLinear:
     def __init__(
         self, tiles: Tensor, out_features: int, in_features: int, outliers: OutlierTensors
     ) -> None:
-        self._outliers = outliers
-        self._kernel = native.TiledLinear(tiles, out_features, in_features, outliers)
-
-    @property
-    def tiles(self) -> Tensor:
-        return self._kernel.tiles
+        self.tiles, self._out_features, self._outliers = tiles, out_features, outliers
+        self._kernel: native.TiledLinear | None = None
+        if tiles.is_cpu:
+            self._kernel = native.TiledLinear(tiles, out_features, in_features, outliers)
 
     def __call__(self, x: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor:
         """As linear_tiled()."""
         kernel = self._kernel
         if (
-            _is_differentiated(x, bias)
+            kernel is None
+            or _is_differentiated(x, bias)
             or torch.compiler.is_compiling()
             or type(x) is not Tensor
             or not x.is_cpu
@@ -164,7 +164,7 @@ class TiledLinear:
             or x.shape[-1] != kernel.in_features
         ):
             seen: Tensor = torch.ops.lwquant.linear_tiled(
-                x, kernel.tiles, bias, kernel.out_features, *self._outliers, activation_bits
+                x, self.tiles, bias, self._out_features, *self._outliers, activation_bits
             )
             return seen
         check_input(x, bias, kernel.out_features)
@@ -187,6 +187,50 @@ def _dequantize(
     return weight
 
 
+def _linear_cuda(
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    outlier_rows: Tensor | None = None,
+    activation_bits: int = 16,
+) -> Tensor:
+    check_input(x, bias, out_features)
+    _check_tiles(tiles, out_features, x.shape[-1])
+    _check_no_outliers(outlier_values)
+    _check_device("x", x, tiles)
+    if bias is not None:
+        _check_device("bias", bias, tiles)
+    return cuda.linear(x, tiles, bias, out_features, activation_bits)
+
+
+def _dequantize_cuda(
+    tiles: Tensor,
+    out_features: int,
+    in_features: int,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    outlier_rows: Tensor | None = None,
+) -> Tensor:
+    _check_tiles(tiles, out_features, in_features)
+    _check_no_outliers(outlier_values)
+    return cuda.dequantize(tiles, out_features, in_features)
+
+
+def _check_no_outliers(values: Tensor | None) -> None:
+    if values is not None:
+        raise LwquantError(
+            "the GPU kernels have no outliers: such layers are not laid out in tiles"
+        )
+
+
+def _check_device(name: str, tensor: Tensor, tiles: Tensor) -> None:
+    if tensor.device != tiles.device:
+        raise LwquantError(f"{name} is on {tensor.device}, the layer's tiles on {tiles.device}")
+
+
 def _linear_fake(
     x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, *others: Any
 ) -> Tensor:
@@ -200,11 +244,12 @@ def _dequantize_fake(
     return tiles.new_empty(out_features, in_features, dtype=torch.float32)
 
 
-for _name, _meaning, _fake in (
-    ("linear_tiled", _linear, _linear_fake),
-    ("dequantize_tiled", _dequantize, _dequantize_fake),
+for _name, _on_cpu, _on_gpu, _fake in (
+    ("linear_tiled", _linear, _linear_cuda, _linear_fake),
+    ("dequantize_tiled", _dequantize, _dequantize_cuda, _dequantize_fake),
 ):
-    LIBRARY.impl(_name, _meaning, "CPU")
+    LIBRARY.impl(_name, _on_cpu, "CPU")
+    LIBRARY.impl(_name, _on_gpu, "CUDA")
     torch.library.register_fake(f"lwquant::{_name}", _fake, lib=LIBRARY)
 
 linear_tiled = torch.ops.lwquant.linear_tiled.default

@@ -1,0 +1,122 @@
+// The GPU kernels for Python: addresses, sizes and checks of both.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+
+namespace nb = nanobind;
+
+namespace lwquant {
+namespace {
+
+using Address = uintptr_t;
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+void require_done(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+gpu::Float float_type(int type) {
+  require(type >= gpu::kFloat32 && type <= gpu::kBfloat16, "a type of floats that no kernel has");
+  return static_cast<gpu::Float>(type);
+}
+
+// Machine code for one kind of layer, loaded into the GPU that is current.
+struct GpuKernels {
+  gpu::Module module;
+  GpuKernels(const nb::bytes& code, int bits, int activation_bits, int span_blocks) {
+    const gpu::Driver* driver = gpu::system_driver();
+    require(driver != nullptr, "there is no NVIDIA driver: libcuda.so.1 is not found");
+    require_done(
+        gpu::load_module(*driver, code.data(), bits, activation_bits, span_blocks, &module));
+  }
+};
+
+// A layer whose tiles are in the memory of a GPU; `header` is a copy of their first bytes.
+class GpuLayer {
+ public:
+  GpuLayer(const nb::bytes& header, Address tiles, int64_t size, int64_t out_features,
+           int64_t in_features)
+      : address_(reinterpret_cast<const uint8_t*>(tiles)) {
+    TilesHeader is;
+    require(header.size() == sizeof is && tiles, "a header has 64 bytes, tiles an address");
+    memcpy(&is, header.data(), sizeof is);
+    require(read_header(is, size, &tiles_), "these are no tiles of this size");
+    require(is.out_features == out_features && is.in_features == in_features,
+            "tiles of " + std::to_string(is.out_features) + " x " +
+                std::to_string(is.in_features) + ", expected " + std::to_string(out_features) +
+                " x " + std::to_string(in_features));
+    require(gpu::fits_gpu(tiles_), "a layer has more inputs or outputs than the GPU kernels take");
+    require(tiles % kLine == 0, "tiles are aligned to 64 bytes");
+  }
+
+  int bits() const { return tiles_.is.bits; }
+  int span() const { return static_cast<int>(span_blocks(tiles_)); }
+
+  int64_t workspace_bytes(int64_t n_tokens, int activation_bits, int n_multiprocessors) const {
+    return plan(n_tokens, activation_bits, n_multiprocessors).workspace_bytes;
+  }
+
+  void multiply(const GpuKernels& kernels, Address x, int x_type, int64_t n_tokens, Address bias,
+                int bias_type, Address y, Address workspace, int64_t workspace_bytes,
+                int n_multiprocessors, Address stream) const {
+    require_kind(kernels);
+    const gpu::Plan found = plan(n_tokens, kernels.module.activation_bits, n_multiprocessors);
+    require(workspace_bytes >= found.workspace_bytes, "too small a workspace");
+    require(x && y && workspace && workspace % 16 == 0, "an address is missing or not aligned");
+    const gpu::Float type = float_type(x_type);
+    require_done(gpu::multiply(
+        kernels.module, tiles_, found,
+        {address_, reinterpret_cast<const void*>(x), type, n_tokens,
+         reinterpret_cast<const void*>(bias), float_type(bias_type), reinterpret_cast<void*>(y),
+         type, reinterpret_cast<uint8_t*>(workspace), reinterpret_cast<void*>(stream)}));
+  }
+
+  void dequantize(const GpuKernels& kernels, Address out, int out_type, Address stream) const {
+    require_kind(kernels);
+    require(out != 0, "no address for the weight");
+    require_done(gpu::dequantize(kernels.module, tiles_, address_, 0, tiles_.is.out_features,
+                                 reinterpret_cast<void*>(out), float_type(out_type),
+                                 reinterpret_cast<void*>(stream)));
+  }
+
+ private:
+  gpu::Plan plan(int64_t n_tokens, int activation_bits, int n_multiprocessors) const {
+    require(n_tokens >= 1 && n_tokens <= gpu::kManyTokens, "kernels take 1..64 tokens");
+    require(activation_bits == 8 || activation_bits == 16, "activations have 8 or 16 bits");
+    require(n_multiprocessors >= 1, "a GPU has a multiprocessor");
+    return gpu::make_plan(tiles_, n_tokens, activation_bits, n_multiprocessors);
+  }
+  void require_kind(const GpuKernels& kernels) const {
+    require(kernels.module.bits == bits() && kernels.module.span_blocks == span(),
+            "these kernels are for another kind of layer");
+  }
+
+  Tiles tiles_;
+  const uint8_t* address_;
+};
+
+}  // namespace
+
+void bind_gpu(nb::module_& m) {
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<GpuKernels>(m, "GpuKernels").def(nb::init<const nb::bytes&, int, int, int>());
+  nb::class_<GpuLayer>(m, "GpuLayer")
+      .def(nb::init<const nb::bytes&, Address, int64_t, int64_t, int64_t>())
+      .def_prop_ro("bits", &GpuLayer::bits)
+      .def_prop_ro("span_blocks", &GpuLayer::span)
+      .def("workspace_bytes", &GpuLayer::workspace_bytes)
+      .def("multiply", &GpuLayer::multiply, Unlocked())
+      .def("dequantize", &GpuLayer::dequantize, Unlocked());
+  m.attr("GPU_TOKENS") = gpu::kManyTokens;
+}
+
+}  // namespace lwquant

@@ -1,0 +1,162 @@
+#include "launch.h"
+
+#include <algorithm>
+
+namespace lwquant {
+namespace gpu {
+namespace {
+
+constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// So many warps on a multiprocessor have enough loads under way to hide the latency of memory.
+constexpr int kWarpsEach = 32;
+constexpr int kFewestWarps = 4;
+// And so many blocks of the others.
+constexpr int kBlocksEach = 2;
+
+struct Grid {
+  int64_t x, y, z;
+};
+
+DeviceTiles device_tiles(const Tiles& t, const uint8_t* tiles) {
+  const int64_t span = span_blocks(t), n_blocks = t.padded_inputs / kBlockInputs;
+  DeviceTiles w{};
+  w.first = tiles + sizeof(TilesHeader);
+  w.tile_bytes = t.tile_bytes;
+  w.codes_offset = static_cast<int32_t>(t.codes_offset);
+  w.group_bytes = static_cast<int32_t>(t.group_bytes);
+  w.out_features = static_cast<int32_t>(t.is.out_features);
+  w.in_features = static_cast<int32_t>(t.is.in_features);
+  w.n_tiles = static_cast<int32_t>(t.n_tiles);
+  w.n_blocks = static_cast<int32_t>(n_blocks);
+  w.n_spans = static_cast<int32_t>(divided_up(n_blocks, span));
+  w.spans_per_group = static_cast<int32_t>(divided_up(t.is.group_size, span * kBlockInputs));
+  w.scale_bytes = t.is.scale_bytes;
+  w.zeros = t.is.zeros;
+  w.zero_step = t.zero_step;
+  return w;
+}
+
+template <typename Arguments>
+const char* launch(const Module& module, Kernel kernel, Grid grid, int n_threads, void* stream,
+                   Arguments arguments) {
+  void* list[] = {&arguments};
+  const int error = module.driver->launch(
+      module.functions[kernel], static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+      static_cast<unsigned>(grid.z), static_cast<unsigned>(n_threads), 1, 1, 0, stream, list,
+      nullptr);
+  if (!error) return nullptr;
+  const char* text = "the driver refused a launch";
+  module.driver->error_text(error, &text);
+  return text;
+}
+
+Kernel kernel_for(const Plan& plan) {
+  if (!plan.many) return kMultiplyFew1;
+  if (plan.layout_tokens == 8) return kMultiplyMany8;
+  return plan.layout_tokens == 16 ? kMultiplyMany16 : kMultiplyMany32;
+}
+
+}  // namespace
+
+const char* load_module(const Driver& driver, const void* image, int bits, int activation_bits,
+                        int span_blocks, Module* out) {
+  *out = {&driver, bits, activation_bits, span_blocks, {}};
+  void* module = nullptr;
+  int error = driver.load_module(&module, image);
+  for (int k = 0; k < kKernels && !error; ++k) {
+    error = driver.find_function(&out->functions[k], module, kKernelNames[k]);
+  }
+  if (!error) return nullptr;
+  const char* text = "the driver refused the kernels";
+  driver.error_text(error, &text);
+  return text;
+}
+
+bool fits_gpu(const Tiles& t) {
+  constexpr int64_t kMost = int64_t{1} << 20;  // 65535 blocks of 16 rows or more, offsets in 32 bits
+  return t.is.in_features <= kMost && t.is.out_features <= kMost;
+}
+
+Plan make_plan(const Tiles& t, int64_t n_tokens, int activation_bits, int n_multiprocessors) {
+  const int64_t planes = activation_bits / 8, span = span_blocks(t);
+  Plan plan{};
+  plan.many = n_tokens > kFewTokens;
+  plan.n_chunks = static_cast<int>(divided_up(t.padded_inputs, kChunkBlocks * kBlockInputs));
+  plan.n_splits = 1;
+  plan.n_layouts = 1;
+  plan.layout_tokens = static_cast<int>(n_tokens);
+  if (plan.many) {
+    plan.layout_tokens = n_tokens <= 8 ? 8 : n_tokens <= 16 ? 16 : kGroupTokens;
+    plan.n_layouts = static_cast<int>(divided_up(n_tokens, kGroupTokens));
+    const int64_t blocks = plan.n_layouts * divided_up(t.n_tiles, kManyWarps);
+    const int64_t wanted = divided_up(kBlocksEach * n_multiprocessors, blocks);
+    const int64_t most = std::min<int64_t>(kMostSplits, plan.n_chunks);
+    plan.n_splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, most));
+  } else {
+    plan.few_warps = kMostFewWarps;
+    while (plan.few_warps > kFewestWarps &&
+           t.n_tiles * plan.few_warps > kWarpsEach * int64_t{n_multiprocessors}) {
+      plan.few_warps /= 2;
+    }
+    plan.few_warps = std::min(plan.few_warps, static_cast<int>(divided_up(plan.n_chunks, 2)));
+  }
+  const int64_t token_bytes = planes * kChunkBlocks * kBlockInputs + kChunkBlocks / span * 8;
+  plan.layout_bytes = plan.n_chunks * plan.layout_tokens * token_bytes;
+  plan.parts_offset = divided_up(plan.n_layouts * plan.layout_bytes, kLine) * kLine;
+  plan.workspace_bytes = plan.parts_offset;
+  if (plan.n_splits > 1) {
+    plan.workspace_bytes +=
+        plan.n_splits * n_tokens * t.is.out_features * static_cast<int64_t>(sizeof(float));
+  }
+  return plan;
+}
+
+const char* multiply(const Module& module, const Tiles& t, const Plan& plan, const Call& call) {
+  const int span = module.span_blocks;
+  Quantizing q{};
+  q.x = call.x, q.x_type = call.x_type;
+  q.in_features = static_cast<int32_t>(t.is.in_features);
+  q.n_tokens = static_cast<int32_t>(call.n_tokens);
+  q.n_spans = plan.n_chunks * kChunkBlocks / span;
+  q.layout_tokens = plan.layout_tokens;
+  q.layout_bytes = static_cast<int32_t>(plan.layout_bytes);
+  q.rounded = call.workspace;
+  const Grid spans = {divided_up(q.n_spans, kQuantizeWarps), plan.layout_tokens, plan.n_layouts};
+  const char* error = launch(module, plan.many ? kQuantizeMany : kQuantizeFew, spans,
+                             kQuantizeWarps * kWarp, call.stream, q);
+  if (error) return error;
+
+  Multiplying m{};
+  m.w = device_tiles(t, call.tiles);
+  m.rounded = call.workspace;
+  m.n_tokens = q.n_tokens;
+  m.bias = call.bias, m.bias_type = call.bias_type;
+  m.y = call.y, m.y_type = call.y_type;
+  m.n_splits = plan.n_splits;
+  m.parts = reinterpret_cast<float*>(call.workspace + plan.parts_offset);
+  const Grid few = {t.n_tiles, 1, 1};
+  const Grid many = {plan.n_layouts, divided_up(t.n_tiles, kManyWarps), plan.n_splits};
+  const int n_warps = plan.many ? kManyWarps : plan.few_warps;
+  error = launch(module, kernel_for(plan), plan.many ? many : few, n_warps * kWarp, call.stream, m);
+  if (error || plan.n_splits == 1) return error;
+  return launch(module, kAddParts, {divided_up(t.is.out_features, kAddThreads), call.n_tokens, 1},
+                kAddThreads, call.stream, m);
+}
+
+const char* dequantize(const Module& module, const Tiles& t, const uint8_t* tiles,
+                       int64_t first_tile, int64_t n_rows, void* out, Float out_type,
+                       void* stream) {
+  Dequantizing d{};
+  d.w = device_tiles(t, tiles);
+  d.first_tile = static_cast<int32_t>(first_tile);
+  d.n_rows = static_cast<int32_t>(n_rows);
+  d.out = out, d.out_type = out_type;
+  const int64_t pairs = divided_up(d.w.n_blocks, 2);
+  return launch(module, kDequantize,
+                {divided_up(n_rows, kTileOutputs), divided_up(pairs, kDequantizeWarps), 1},
+                kDequantizeWarps * kWarp, stream, d);
+}
+
+}  // namespace gpu
+}  // namespace lwquant

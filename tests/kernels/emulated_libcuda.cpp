@@ -1,0 +1,32 @@
+// A libcuda.so.1 for tests of the whole way from Python: the driver's C interface on emulated_modules.h.
+// An image is "bits planes span".
+#include <stdio.h>
+
+#include "emulated_modules.h"
+
+using namespace lwquant;
+
+extern "C" {
+
+int cuModuleLoadData(void** module, const void* image) {
+  int bits, planes, span;
+  if (sscanf(static_cast<const char*>(image), "%d %d %d", &bits, &planes, &span) != 3) return 200;
+  const void* found = emulated_modules::module_for(bits, planes, span);
+  return found ? emulated_modules::driver().load_module(module, found) : 209;
+}
+
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  return emulated_modules::driver().find_function(function, module, name);
+}
+
+int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                   unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                   void* stream, void** arguments, void** extra) {
+  return emulated_modules::driver().launch(function, grid_x, grid_y, grid_z, block_x, block_y,
+                                           block_z, shared_bytes, stream, arguments, extra);
+}
+
+int cuGetErrorString(int error, const char** text) {
+  return emulated_modules::driver().error_text(error, text);
+}
+}

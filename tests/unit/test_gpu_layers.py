@@ -1,0 +1,147 @@
+"""lwquant/ops/cuda from Python to the kernels and back, on a driver that runs them on the CPU.
+
+The driver is a libcuda.so.1 made of tests/kernels, found by a process of its own; its memory is the
+CPU's, so that CPU tensors stand for those of a GPU.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernel_properties import built, needs_compiler
+
+from lwquant.errors import LwquantError
+from lwquant.ops.cuda import nvrtc, tiled
+
+SCRIPT = """
+import sys
+from unittest import mock
+
+sys.path += sys.argv[1:]
+from test_ops_linear import random_inputs, random_layer
+import torch
+from lwquant.ops import native
+from lwquant.ops.cuda import tiled
+
+
+# With 3 bits the driver has 8-bit activations in groups of 64, 16-bit ones in the others, see
+# emulated_modules.h; unpacking a weight takes either.
+PLANES = {1: 2, 2: 1, 4: 2}
+
+
+def code(kind, architecture):
+    return f"{kind.bits} {PLANES[kind.span_blocks]} {kind.span_blocks}\\0".encode()
+
+
+fake = mock.patch.multiple(
+    tiled, compiled=code, architecture=str, _stream=lambda _: 0, _multiprocessors=lambda _: 3
+)
+with fake, mock.patch("torch.cuda.device"):
+    for group_size, activation_bits in ((32, 16), (64, 8), (128, 16), (1000, 16)):
+        layer = random_layer(40, 1000, 3, group_size, bias=True, fine=group_size == 64)
+        weight = tiled.dequantize(layer.tiles, 40, 1000)
+        for n in (1, 2, 9, 40, 65):
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                x = random_inputs(n, 1000).to(dtype)
+                got = tiled.linear(x, layer.tiles, layer.bias, 40, activation_bits)
+                assert got.dtype == dtype and got.shape == (n, 40)
+                exact, error = layer.oracle(x, activation_bits)
+                unit = torch.finfo(dtype).eps / 2
+                error += exact.abs() * unit
+                if n > 64:  # then the weight is rounded, and sums are of the dtype's product
+                    error += (unit + 1000 * 2.0**-24) * (x.double().abs() @ weight.double().abs().T)
+                worst = ((got.double() - exact).abs() / error).max().item()
+                assert worst <= 1, (group_size, n, dtype, worst)
+        steps = layer.codes.float() - layer.zero_points[:, layer.group]
+        assert torch.equal(weight, steps * layer.scales.float()[:, layer.group])
+    x = random_inputs(12, 1000).reshape(2, 3, 2, 1000)
+    whole = tiled.linear(x.flatten(0, 2), layer.tiles, None, 40, 16)
+    assert torch.equal(tiled.linear(x, layer.tiles, None, 40, 16).flatten(0, 2), whole)
+    strided = x.mT.contiguous().mT
+    assert torch.equal(tiled.linear(strided, layer.tiles, None, 40, 16).flatten(0, 2), whole)
+    assert tiled.linear(x[:0], layer.tiles, None, 40, 16).shape == (0, 3, 2, 40)
+    assert torch.allclose(tiled.linear(x[0, 0, 0], layer.tiles, None, 40, 16), whole[0], atol=1e-3)
+    for size in ((39, 1000), (40, 999)):
+        try:
+            tiled._layers.clear()
+            tiled.layer_of(layer.tiles, *size)
+            raise SystemExit("tiles of another layer were taken")
+        except ValueError as error:
+            assert "40 x 1000" in str(error)
+    try:
+        tiled.linear(x, random_layer(40, 1000, 4, 64).tiles, None, 40, 16)
+        raise SystemExit("kernels that are not there")
+    except RuntimeError as error:
+        assert "CUDA: no kernel image" in str(error)
+print("done")
+"""
+
+
+@needs_compiler
+def test_layers_are_within_their_bound_from_python_to_the_kernels_and_back(tmp_path):
+    built(tmp_path, "cuda", "-DCMAKE_CXX_FLAGS=-O1")
+    environment = dict(os.environ, LD_LIBRARY_PATH=str(tmp_path), OMP_NUM_THREADS="1")
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a driver")
+def test_without_a_driver_kernels_are_refused_with_what_is_missing():
+    from lwquant.ops.native import gpu_kernels
+
+    with pytest.raises(ValueError, match=r"no NVIDIA driver: libcuda.so.1"):
+        gpu_kernels(b"", 4, 16, 4)
+
+
+def test_without_a_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(nvrtc, "SYSTEM_LIBRARIES", ())
+    nvrtc.library.cache_clear()
+    try:
+        with pytest.raises(LwquantError, match=r'NVRTC .* pip install "lwquant\[cuda13\]"'):
+            nvrtc.compile_kernels(nvrtc.KernelKind(4, 16, 4), "sm_90")
+    finally:
+        nvrtc.library.cache_clear()
+
+
+def test_an_old_gpu_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA T4")
+    with pytest.raises(LwquantError, match="NVIDIA T4 is sm_75"):
+        tiled.architecture(0)
+
+
+def test_importing_the_operators_loads_no_compiler():
+    code = "import lwquant.ops.cuda.nvrtc as n; assert not n.library.cache_info().currsize"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_compiled_kind_is_read_from_the_cache_until_sources_change(monkeypatch, tmp_path):
+    from lwquant.ops.cuda import cache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cache, "version", lambda: "13.0")
+    calls = []
+
+    def compile_once(kind, architecture):
+        calls.append((kind, architecture))
+        return nvrtc.CompiledKernels(b"code", "")
+
+    monkeypatch.setattr(cache, "compile_kernels", compile_once)
+    kind = nvrtc.KernelKind(4, 16, 4)
+    assert cache.compiled(kind, "sm_90") == cache.compiled(kind, "sm_90") == b"code"
+    assert len(calls) == 1
+    cache.compiled(kind, "sm_80")
+    cache.compiled(nvrtc.KernelKind(3, 16, 4), "sm_90")
+    monkeypatch.setattr(cache, "version", lambda: "13.1")
+    cache.compiled(kind, "sm_90")
+    assert len(calls) == 4
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # cannot be written to
+    assert cache.compiled(kind, "sm_90") == b"code"
