@@ -48,10 +48,12 @@ struct Case {
   Values values;
 };
 
+inline const char* running = nullptr;  // where it is not the current instruction set
+
 [[noreturn]] inline void fail(const Case& c, const char* what) {
   fprintf(stderr, "%s: %s of %d bits, %lld x %lld, groups of %lld, scales in %s, zeros %d, %lld "
           "outliers, values %d\n",
-          current_isa().name, what, c.bits, static_cast<long long>(c.out_features),
+          running ? running : current_isa().name, what, c.bits, static_cast<long long>(c.out_features),
           static_cast<long long>(c.in_features), static_cast<long long>(c.group_size),
           c.scale_bytes ? "bytes" : "float16", static_cast<int>(c.zeros),
           static_cast<long long>(c.n_outliers), static_cast<int>(c.values));
