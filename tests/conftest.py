@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import TINY_FOLDER
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lwquant import ops
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +23,15 @@ def one_thread() -> None:
     # The tiny models gain nothing from more, and on busy cores threads that wait for each other
     # made the tests 20 times slower.
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def integer_kernels() -> Iterator[None]:
+    """Kernels that hold activations as integers for many tokens as for few: AMX takes bf16."""
+    before = ops.isa()
+    ops.set_isa([isa for isa in ops.available_isas() if isa != "amx"][-1])
+    yield
+    ops.set_isa(before)
 
 
 @pytest.fixture(scope="session")

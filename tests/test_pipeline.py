@@ -110,7 +110,7 @@ def test_perplexity_and_kl_on_other_text_are_small_and_fall_with_bits(
 
 
 def test_the_kl_seen_while_quantizing_is_the_kl_of_the_saved_model(
-    made, tiny_folder, calibration, tiny_tokenizer
+    made, tiny_folder, calibration, tiny_tokenizer, integer_kernels
 ):
     from lwquant.prepare import open_model, prepare_tokens
 

@@ -88,7 +88,7 @@ def spelled_out(model, tokenizer, context: str, continuation: str) -> tuple[floa
 
 @pytest.mark.parametrize("name", ["float", "packed"])
 def test_each_accuracy_is_what_transformers_gives_one_text_at_a_time(
-    name, packed, files, tiny_tokenizer
+    name, packed, files, tiny_tokenizer, integer_kernels
 ):
     folder = TINY_FOLDER if name == "float" else packed
     found = evaluate_tasks(folder, **files, passkey=False)
