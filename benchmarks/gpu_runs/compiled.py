@@ -25,7 +25,8 @@ KINDS = tuple(
     for activation_bits in (8, 16)
     for span in (1, 2, 4)
 )
-MOST_REGISTERS = 128  # so that 512 threads fit a multiprocessor
+# So that 512 threads fit a multiprocessor, 384 of the kernel that has most sums.
+MOST_REGISTERS, MOST_OF = 128, {"multiply_many_32": 168}
 TENSOR_CORES = "IMMA"  # integer products of matrices
 LOCAL_MEMORY = ("LDL", "STL")  # what spills and arrays in memory become
 MULTIPLIED_BY_TENSOR_CORES = "multiply_many_"
@@ -47,8 +48,9 @@ class KernelCode:
     local_memory_instructions: int
 
     def broken_rules(self) -> Iterator[str]:
-        if self.registers > MOST_REGISTERS:
-            yield f"{self.registers} registers, more than {MOST_REGISTERS}"
+        most = MOST_OF.get(self.name, MOST_REGISTERS)
+        if self.registers > most:
+            yield f"{self.registers} registers, more than {most}"
         if self.spill_bytes or self.stack_bytes or self.local_memory_instructions:
             yield (
                 f"{self.spill_bytes} bytes spilled, {self.stack_bytes} on the stack,"
