@@ -78,11 +78,10 @@ void linear_bf16(const Bf16Kernels& kernels, const Tiles& w, const Outliers& out
         const int64_t n_tiles = (n_rows + kTileOutputs - 1) / kTileOutputs;
         uint8_t* weights = strips.get() + static_cast<size_t>(seat) * strip_bytes;
         kernels.multiply(w, panel, row / kTileOutputs, n_tiles, bias, weights, outputs);
+        if (first + n_padded < w.padded_inputs) return;
+        add_outliers(outliers, inputs, n_here, in_features, row, n_rows, out_features, outputs);
       });
     }
-    for_each_block(out_features, n_threads, [&](int64_t row, int64_t n_rows, int) {
-      add_outliers(outliers, inputs, n_here, in_features, row, n_rows, out_features, outputs);
-    });
   }
 }
 

@@ -88,14 +88,18 @@ inline float from_bf16(const uint8_t* at) {
   return normal_or_zero(value);
 }
 
-// sums (int32) += a (int8) b (uint8); b has four inputs of each of its columns in a row.
-inline void add_products(int sums, int a, int b) {
-  Registers& own = registers();
+inline void require_product(const Registers& own, int sums, int a, int b) {
   require(own.configured, "configured before it is used");
   require(sums != a && sums != b && a != b, "three registers");
   require(own.rows[sums] == own.rows[a], "as many rows of sums as of a");
   require(own.row_bytes[sums] == own.row_bytes[b], "as many columns of sums as of b");
   require(own.row_bytes[a] == 4 * own.rows[b], "as many inputs of a as of b");
+}
+
+// sums (int32) += a (int8) b (uint8); b has four inputs of each of its columns in a row.
+inline void add_products(int sums, int a, int b) {
+  Registers& own = registers();
+  require_product(own, sums, a, b);
   for (int m = 0; m < own.rows[a]; ++m) {
     for (int n = 0; n < own.row_bytes[b] / 4; ++n) {
       int32_t sum;
@@ -112,11 +116,7 @@ inline void add_products(int sums, int a, int b) {
 // inputs and sums are zero; the order of the two additions is the processor's.
 inline void add_bf16_products(int sums, int a, int b) {
   Registers& own = registers();
-  require(own.configured, "configured before it is used");
-  require(sums != a && sums != b && a != b, "three registers");
-  require(own.rows[sums] == own.rows[a], "as many rows of sums as of a");
-  require(own.row_bytes[sums] == own.row_bytes[b], "as many columns of sums as of b");
-  require(own.row_bytes[a] == 4 * own.rows[b], "as many inputs of a as of b");
+  require_product(own, sums, a, b);
   for (int m = 0; m < own.rows[a]; ++m) {
     for (int n = 0; n < own.row_bytes[b] / 4; ++n) {
       float sum;
