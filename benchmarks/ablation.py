@@ -16,14 +16,13 @@ import argparse
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rows import HERE, append, commit, kept_report, machine, stored
+from rows import HERE, commit, kept_report, machine, measure_missing, stored
 
 if TYPE_CHECKING:
     from lwquant.types import SensitivityReport
@@ -261,7 +260,6 @@ def main() -> None:
         model, variant, seed = arguments.row
         print(json.dumps([asdict(row) for row in run(model, variant, int(seed))]))
         return
-    done = {(row.model, row.variant, row.seed) for row in stored(Row, CSV)}
     wanted = [
         (model, variant, seed)
         for seed in map(int, arguments.seeds.split(","))
@@ -269,15 +267,8 @@ def main() -> None:
         for variant in VARIANTS
         if arguments.model in ("", model) and arguments.only in variant
     ]
-    for job in [] if arguments.table else wanted:
-        if job in done:
-            continue
-        command = [sys.executable, __file__, "--row", *map(str, job)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        for values in json.loads(output.splitlines()[-1]):
-            row = Row(**values)
-            append(row, CSV)
-            print(f"{job} {row.text} {row.budget}: KL {row.kl_divergence:.4f}", file=sys.stderr)
+    if not arguments.table:
+        measure_missing(Row, CSV, __file__, wanted, lambda row: (row.model, row.variant, row.seed))
     print_table(stored(Row, CSV))
 
 

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 
 from ablation import costs_of, quantize_and_compare
 from pypi_models import SMOLLM2
-from rows import HERE, append, commit, machine, stored
+from rows import HERE, commit, machine, measure_missing, stored
 
 CSV = HERE / "results" / "domains.csv"
 WORK = HERE.parent / "demo"
@@ -117,17 +115,9 @@ def main() -> None:
     if arguments.row:
         print(json.dumps([asdict(row) for row in run(*arguments.row)]))
         return
-    done = {(row.calibration, row.plan) for row in stored(Row, CSV)}
     wanted = [(calibration, plan) for plan in PLANS for calibration in KINDS]
-    for job in [] if arguments.table else wanted:
-        if job in done:
-            continue
-        command = [sys.executable, __file__, "--row", *job]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        for values in json.loads(output.splitlines()[-1]):
-            row = Row(**values)
-            append(row, CSV)
-            print(f"{job} {row.text}: KL {row.kl_divergence:.4f}", file=sys.stderr)
+    if not arguments.table:
+        measure_missing(Row, CSV, __file__, wanted, lambda row: (row.calibration, row.plan))
     print_table(stored(Row, CSV))
 
 

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 
 from ablation import BUDGETS, SETTINGS, WINDOWS, costs_of, quantize_and_compare, texts_of
-from rows import HERE, append, commit, machine, stored
+from rows import HERE, commit, machine, measure_missing, stored
 
 CSV = HERE / "results" / "online_hadamard.csv"
 SEEDS = {"stories260k": (0, 1, 2), "smollm2": (0,)}
@@ -138,7 +136,6 @@ def main() -> None:
         model, rotations, seed = arguments.row
         print(json.dumps([asdict(row) for row in run(model, rotations, int(seed))]))
         return
-    done = {(row.model, row.rotations, row.seed) for row in stored(Row, CSV)}
     wanted = [
         (model, rotations, seed)
         for model, seeds in SEEDS.items()
@@ -146,14 +143,10 @@ def main() -> None:
         for seed in seeds
         if arguments.model in ("", model)
     ]
-    for job in [] if arguments.table else wanted:
-        if job in done:
-            continue
-        command = [sys.executable, __file__, "--row", *map(str, job)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        for values in json.loads(output.splitlines()[-1]):
-            append(Row(**values), CSV)
-        print(job, file=sys.stderr)
+    if not arguments.table:
+        measure_missing(
+            Row, CSV, __file__, wanted, lambda row: (row.model, row.rotations, row.seed)
+        )
     print_table(stored(Row, CSV))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,6 +42,29 @@ def append(row: Any, path: Path) -> None:
             writer.writeheader()
         cells = asdict(row).items()
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells})
+
+
+def measure_missing(
+    kind: type[T],
+    path: Path,
+    script: str,
+    jobs: Iterable[tuple[Any, ...]],
+    job_of: Callable[[T], tuple[Any, ...]],
+) -> None:
+    """Run `script --row JOB`, in a process of its own, for every job that no row in `path` is of.
+
+    The last line of its output is a JSON list of rows, which have a text, bpw and a KL.
+    """
+    done = {job_of(row) for row in stored(kind, path)}
+    for job in jobs:
+        if job in done:
+            continue
+        command = [sys.executable, script, "--row", *map(str, job)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        for values in json.loads(output.splitlines()[-1]):
+            append(kind(**values), path)
+            what = f"{values['text']}, {values['bpw']:.3f} bits"
+            print(f"{job} {what}: KL {values['kl_divergence']:.4f}", file=sys.stderr)
 
 
 def commit() -> str:
