@@ -80,7 +80,7 @@ def quantized(model: str, engine: str) -> Path:
         uniform = engine == "lwquant 4 bits"
         lwquant.quantize(
             original(model),
-            bpw=4.2 if uniform else 3.5,
+            bpw=4.25 if uniform else 3.5,
             output=folder,
             quantizer="rtn",
             correction="none",
@@ -88,7 +88,7 @@ def quantized(model: str, engine: str) -> Path:
             # Blocks of 3 and of 4 bits, in the order of a score that costs nothing to find.
             allocator="uniform" if uniform else {"name": "ranked", "bits": (4, 3)},
             allow_worse=True,
-            bits=(3, 4),
+            bits=(4, 16) if uniform else (3, 4),
             n_samples=2,
             held_out=1,
         )
