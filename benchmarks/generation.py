@@ -196,9 +196,14 @@ class LlamaEngine:
     def __init__(self, path: Path, threads: int) -> None:
         import llama_cpp
 
+        from lwquant.ops import native
+
         self._library = llama_cpp
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
+        # ggml's buffers for AMX end the process (kernel_runs/ggml_peer.py), and its repacked ones
+        # cannot be had without them.
+        model.use_extra_bufts = "amx" not in native.available_isas()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch = 512, 512

@@ -20,8 +20,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from gpu_runs.compiled import ARCHITECTURES, KINDS, KernelCode, compiled_kernels
+from gpu_runs.compiled import ARCHITECTURES, LAYER_KINDS, KernelCode, compiled_kernels
 
+from lwquant.ops.cuda.nvrtc import RoundingKind
 from lwquant.scheme import WIDTHS
 
 COLUMNS = ("kernel", "kind", "target", "registers", "spilled", "stack", "shared", "IMMA")
@@ -45,7 +46,7 @@ def main() -> int:
 def compile_all(architectures: list[str], widths: list[int]) -> int:
     print(ROW.format(*COLUMNS, "").rstrip())
     n_broken = 0
-    for kind in (kind for kind in KINDS if kind.bits in widths):
+    for kind in (*(kind for kind in LAYER_KINDS if kind.bits in widths), RoundingKind()):
         for architecture in architectures:
             for kernel in compiled_kernels(kind, architecture):
                 rules = list(kernel.broken_rules())

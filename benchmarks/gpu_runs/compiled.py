@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lwquant.ops.cuda.nvrtc import KernelKind, compile_kernels
+from lwquant.ops.cuda.nvrtc import KernelKind, Kind, compile_kernels
 from lwquant.scheme import WIDTHS
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-KINDS = tuple(
+LAYER_KINDS = tuple(
     KernelKind(bits, activation_bits, span)
     for bits in WIDTHS
     for activation_bits in (8, 16)
@@ -30,14 +30,14 @@ MOST_REGISTERS, MOST_OF = 128, {"multiply_many_32": 168}
 TENSOR_CORES = "IMMA"  # integer products of matrices
 LOCAL_MEMORY = ("LDL", "STL")  # what spills and arrays in memory become
 MULTIPLIED_BY_TENSOR_CORES = "multiply_many_"
-N_KERNELS = 8
+N_KERNELS = {"kernels.cu": 8, "rounding.cu": 1}
 
 
 @dataclass(frozen=True)
 class KernelCode:
-    """One kernel for one kind of layer and architecture."""
+    """One kernel of one kind for one architecture."""
 
-    kind: KernelKind
+    kind: Kind
     architecture: str
     name: str
     registers: int
@@ -60,13 +60,14 @@ class KernelCode:
             yield f"{self.tensor_core_instructions} tensor-core instructions"
 
 
-def compiled_kernels(kind: KernelKind, architecture: str) -> list[KernelCode]:
+def compiled_kernels(kind: Kind, architecture: str) -> list[KernelCode]:
     """All kernels of a kind, as they are compiled for users."""
     found = compile_kernels(kind, architecture, ("--ptxas-options=-v",))
     resources = read_resources(found.log)
     opcodes = read_opcodes(disassembled(found.code))
-    if len(resources) != N_KERNELS or resources.keys() != opcodes.keys():
-        raise RuntimeError(f"not the {N_KERNELS} kernels: {sorted(resources)}, {sorted(opcodes)}")
+    n_kernels = N_KERNELS[kind.source]
+    if len(resources) != n_kernels or resources.keys() != opcodes.keys():
+        raise RuntimeError(f"not {n_kernels} kernels: {sorted(resources)}, {sorted(opcodes)}")
     return [
         KernelCode(
             kind=kind,

@@ -21,6 +21,8 @@ constexpr int kQuantizeWarps = 4;
 constexpr int kDequantizeWarps = 4;
 constexpr int kAddThreads = 128;
 constexpr int kMostSplits = 16;
+constexpr int kRoundingWarps = 8;     // of a block: 32 rows, each warp with every eighth column
+constexpr int kRoundingColumns = 128;  // of a ColumnBlock, at most
 
 // Tiles (csrc/tiles.h) in the GPU's memory, and what a walk over them needs. A span is as many
 // blocks as share a scale of activations.

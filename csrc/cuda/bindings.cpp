@@ -29,14 +29,18 @@ gpu::Float float_type(int type) {
   return static_cast<gpu::Float>(type);
 }
 
+const gpu::Driver& required_driver() {
+  const gpu::Driver* driver = gpu::system_driver();
+  require(driver != nullptr, "there is no NVIDIA driver: libcuda.so.1 is not found");
+  return *driver;
+}
+
 // Machine code for one kind of layer, loaded into the GPU that is current.
 struct GpuKernels {
   gpu::Module module;
   GpuKernels(const nb::bytes& code, int bits, int activation_bits, int span_blocks) {
-    const gpu::Driver* driver = gpu::system_driver();
-    require(driver != nullptr, "there is no NVIDIA driver: libcuda.so.1 is not found");
-    require_done(
-        gpu::load_module(*driver, code.data(), bits, activation_bits, span_blocks, &module));
+    require_done(gpu::load_module(required_driver(), code.data(), bits, activation_bits,
+                                  span_blocks, &module));
   }
 };
 
@@ -104,6 +108,31 @@ class GpuLayer {
   const uint8_t* address_;
 };
 
+// Machine code of csrc/cuda/rounding.cu, loaded into the GPU that is current.
+class GpuRounding {
+ public:
+  explicit GpuRounding(const nb::bytes& code) {
+    require_done(gpu::load_rounding(required_driver(), code.data(), &module_));
+  }
+
+  void round_block(Address targets, int64_t n_columns, int64_t n_rows, Address feedback,
+                   int64_t stride, Address base, Address scales, Address zeros, float max_code,
+                   Address errors, Address stream) const {
+    require(n_columns >= 1 && n_columns <= gpu::kRoundingColumns, "columns of a block are 1..128");
+    require(n_rows >= 1 && stride >= n_columns, "a block has rows, and feedback for its columns");
+    require(targets && feedback && scales && zeros && errors, "an address is missing");
+    const auto floats = [](Address address) { return reinterpret_cast<float*>(address); };
+    require_done(gpu::round_block(
+        module_,
+        {floats(targets), floats(feedback), stride, floats(base), floats(scales), floats(zeros),
+         floats(errors), max_code, n_columns, n_rows},
+        reinterpret_cast<void*>(stream)));
+  }
+
+ private:
+  gpu::RoundingModule module_;
+};
+
 }  // namespace
 
 void bind_gpu(nb::module_& m) {
@@ -116,6 +145,9 @@ void bind_gpu(nb::module_& m) {
       .def("workspace_bytes", &GpuLayer::workspace_bytes)
       .def("multiply", &GpuLayer::multiply, Unlocked())
       .def("dequantize", &GpuLayer::dequantize, Unlocked());
+  nb::class_<GpuRounding>(m, "GpuRounding")
+      .def(nb::init<const nb::bytes&>())
+      .def("round_block", &GpuRounding::round_block, Unlocked());
   m.attr("GPU_TOKENS") = gpu::kManyTokens;
 }
 

@@ -40,6 +40,7 @@ INLINE Four load_four(const uint8_t* from) {
   const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
   return {{v.x, v.y, v.z, v.w}};
 }
+INLINE float load_float(const float* from) { return __ldg(from); }
 INLINE void load_pair(const void* from, float& first, float& second) {
   const float2 v = __ldg(static_cast<const float2*>(from));
   first = v.x, second = v.y;

@@ -6,6 +6,8 @@ namespace lwquant {
 namespace gpu {
 namespace {
 
+constexpr const char* kRefused = "the driver refused the kernels";
+
 constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // So many warps on a multiprocessor have enough loads under way to hide the latency of memory.
@@ -37,18 +39,29 @@ DeviceTiles device_tiles(const Tiles& t, const uint8_t* tiles) {
   return w;
 }
 
+// Null, or what the driver says of an error.
+const char* text_of(const Driver& driver, int error, const char* otherwise) {
+  if (!error) return nullptr;
+  const char* text = otherwise;
+  driver.error_text(error, &text);
+  return text;
+}
+
+template <typename Arguments>
+const char* launch(const Driver& driver, void* function, Grid grid, int n_threads, void* stream,
+                   Arguments arguments) {
+  void* list[] = {&arguments};
+  const int error =
+      driver.launch(function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                    static_cast<unsigned>(grid.z), static_cast<unsigned>(n_threads), 1, 1, 0,
+                    stream, list, nullptr);
+  return text_of(driver, error, "the driver refused a launch");
+}
+
 template <typename Arguments>
 const char* launch(const Module& module, Kernel kernel, Grid grid, int n_threads, void* stream,
                    Arguments arguments) {
-  void* list[] = {&arguments};
-  const int error = module.driver->launch(
-      module.functions[kernel], static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-      static_cast<unsigned>(grid.z), static_cast<unsigned>(n_threads), 1, 1, 0, stream, list,
-      nullptr);
-  if (!error) return nullptr;
-  const char* text = "the driver refused a launch";
-  module.driver->error_text(error, &text);
-  return text;
+  return launch(*module.driver, module.functions[kernel], grid, n_threads, stream, arguments);
 }
 
 Kernel kernel_for(const Plan& plan) {
@@ -67,10 +80,7 @@ const char* load_module(const Driver& driver, const void* image, int bits, int a
   for (int k = 0; k < kKernels && !error; ++k) {
     error = driver.find_function(&out->functions[k], module, kKernelNames[k]);
   }
-  if (!error) return nullptr;
-  const char* text = "the driver refused the kernels";
-  driver.error_text(error, &text);
-  return text;
+  return text_of(driver, error, kRefused);
 }
 
 bool fits_gpu(const Tiles& t) {
@@ -156,6 +166,19 @@ const char* dequantize(const Module& module, const Tiles& t, const uint8_t* tile
   return launch(module, kDequantize,
                 {divided_up(n_rows, kTileOutputs), divided_up(pairs, kDequantizeWarps), 1},
                 kDequantizeWarps * kWarp, stream, d);
+}
+
+const char* load_rounding(const Driver& driver, const void* image, RoundingModule* out) {
+  *out = {&driver, nullptr};
+  void* module = nullptr;
+  int error = driver.load_module(&module, image);
+  if (!error) error = driver.find_function(&out->round_block, module, kRoundingNames[0]);
+  return text_of(driver, error, kRefused);
+}
+
+const char* round_block(const RoundingModule& module, const ColumnBlock& block, void* stream) {
+  return launch(*module.driver, module.round_block, {divided_up(block.n_rows, kWarp), 1, 1},
+                kRoundingWarps * kWarp, stream, block);
 }
 
 }  // namespace gpu

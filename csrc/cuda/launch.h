@@ -5,6 +5,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "../column_block.h"
 #include "../kernels.h"
 #include "arguments.h"
 
@@ -85,6 +86,18 @@ const char* multiply(const Module&, const Tiles&, const Plan&, const Call&);
 // out (n_rows, in_features): rows of the weight from those of `first_tile` on.
 const char* dequantize(const Module&, const Tiles&, const uint8_t* tiles, int64_t first_tile,
                        int64_t n_rows, void* out, Float out_type, void* stream);
+
+// Machine code of csrc/cuda/rounding.cu, loaded.
+struct RoundingModule {
+  const Driver* driver;
+  void* round_block;
+};
+constexpr const char* kRoundingNames[] = {"round_block"};
+
+const char* load_rounding(const Driver&, const void* image, RoundingModule* out);
+
+// Addresses are the GPU's; 1 .. kRoundingColumns columns.
+const char* round_block(const RoundingModule&, const ColumnBlock&, void* stream);
 
 }  // namespace gpu
 }  // namespace lwquant

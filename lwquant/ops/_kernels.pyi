@@ -122,3 +122,21 @@ class GpuLayer:
         /,
     ) -> None: ...
     def dequantize(self, kernels: GpuKernels, out: int, out_type: int, stream: int, /) -> None: ...
+
+class GpuRounding:
+    def __init__(self, code: bytes, /) -> None: ...
+    def round_block(
+        self,
+        targets: int,
+        n_columns: int,
+        n_rows: int,
+        feedback: int,
+        stride: int,
+        base: int,
+        scales: int,
+        zeros: int,
+        max_code: float,
+        errors: int,
+        stream: int,
+        /,
+    ) -> None: ...

@@ -9,7 +9,6 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,6 @@ except ImportError:
     _kernels: ModuleType | None = None
 else:
     _kernels = _found
-
-if TYPE_CHECKING:
-    from lwquant.ops._kernels import GpuKernels, GpuLayer
 
 PANEL_BYTES = 2**24  # of float32 weights that exist at one time
 # From how many tokens on a dense float32 product over unpacked panels is faster than the portable
@@ -47,6 +43,13 @@ class UncompiledWarning(UserWarning):
 def compiled() -> bool:
     """Whether the C++ kernels are there."""
     return _kernels is not None
+
+
+def extension() -> ModuleType:
+    """The compiled module itself; LwquantError where there is none."""
+    if _kernels is None:
+        raise LwquantError("lwquant's C++ kernels are not compiled")
+    return _kernels
 
 
 def isa() -> str:
@@ -219,23 +222,6 @@ class TiledLinear:
     def dequantize_rows(self, row: int, out: Tensor) -> None:
         """Rows [row, row + len(out)) of the weight into `out`; `row` is the first of a tile."""
         self._checked.dequantize(row, out.shape[0], torch.get_num_threads(), out.data_ptr())
-
-
-def gpu_tokens() -> int:
-    """How many tokens the GPU kernels take at a time."""
-    return _kernels.GPU_TOKENS  # type: ignore[union-attr, no-any-return]
-
-
-def gpu_layer(header: bytes, tiles: Tensor, out_features: int, in_features: int) -> GpuLayer:
-    """Tiles on a GPU, of which `header` are the first 64 bytes; ValueError where they lie."""
-    return _kernels.GpuLayer(  # type: ignore[union-attr, no-any-return]
-        header, tiles.data_ptr(), tiles.numel(), out_features, in_features
-    )
-
-
-def gpu_kernels(code: bytes, bits: int, activation_bits: int, span_blocks: int) -> GpuKernels:
-    """Machine code, loaded into the current GPU."""
-    return _kernels.GpuKernels(code, bits, activation_bits, span_blocks)  # type: ignore[union-attr, no-any-return]
 
 
 def panels_are_faster(n_tokens: int) -> bool:

@@ -1,19 +1,24 @@
 """The two inner loops of rounding, in plain torch and compiled.
 
-The compiled loops serve float32 tensors on the CPU and grids of even steps; the others run here.
-Both compute the same sums; the compiled ones may order them differently.
+The compiled loops serve float32 tensors and grids of even steps, on the CPU, and the first of them
+on NVIDIA GPUs; the others run here. All compute the same sums; the compiled ones may order or round
+them differently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lwquant.codebooks import nearest_codes, values_of
+from lwquant.ops.cuda import rounding as cuda
 from lwquant.ops.native import fit_groups_native, round_block_native, rounding_compiled
 
+# Targets, feedback, scales, zeros, the largest code and the base to errors, as round_block_torch().
+BlockLoop = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], Tensor]
 BLOCK_COLUMNS = 128  # columns whose effect on later blocks is applied as one matrix product
 
 
@@ -39,17 +44,24 @@ def round_columns(
     """
     n = len(targets)
     feedback = feedback.contiguous()  # a Cholesky factor is not: its columns are
-    native = not codebook and rounding_compiled(targets, feedback, scales, zeros, base)
+    one_block = _block_loop(codebook, targets, feedback, scales, zeros, base)
     for start in range(0, n, BLOCK_COLUMNS):
         own = slice(start, min(start + BLOCK_COLUMNS, n))
-        block = (targets[own], feedback[own, own], scales[own], zeros[own], max_code)
         start_at = None if base is None else base[own]
-        if native:
-            errors = round_block_native(*block, start_at)
-        else:
-            errors = round_block_torch(*block, start_at, codebook)
+        errors = one_block(
+            targets[own], feedback[own, own], scales[own], zeros[own], max_code, start_at
+        )
         if own.stop < n:
             targets[own.stop :].addmm_(feedback[own, own.stop :].T, errors)
+
+
+def _block_loop(codebook: str, *tensors: Tensor | None) -> BlockLoop:
+    """The fastest loop for these tensors, which targets come first of."""
+    if not codebook and rounding_compiled(*tensors):
+        return round_block_native
+    if not codebook and cuda.can_round(*tensors):
+        return cuda.round_block
+    return partial(round_block_torch, codebook=codebook)
 
 
 def round_block_torch(

@@ -7,6 +7,7 @@
 
 #include "emulated_cuda.h"
 #include "emulated_modules.h"
+#include "rounding_properties.h"
 
 using namespace lwquant;
 using namespace lwquant::gpu;
@@ -251,6 +252,7 @@ int main(int n_arguments, char** arguments) {
         check(c, span, number++, random);
       }
     }
+    check_rounding(bits, random);
     printf("%d\n", bits);
   }
   return 0;

@@ -252,6 +252,7 @@ inline Four load_four(const uint8_t* from) {
   emulated::require_aligned(from, 16);
   return emulated::load<Four>(from);
 }
+inline float load_float(const float* from) { return *from; }
 inline void load_pair(const void* from, float& first, float& second) {
   emulated::require_aligned(from, 8);
   memcpy(&first, from, 4);

@@ -1,6 +1,7 @@
 // A libcuda.so.1 for tests of the whole way from Python: the driver's C interface on emulated_modules.h.
-// An image is "bits planes span".
+// An image is "bits planes span" or "rounding".
 #include <stdio.h>
+#include <string.h>
 
 #include "emulated_modules.h"
 
@@ -9,6 +10,9 @@ using namespace lwquant;
 extern "C" {
 
 int cuModuleLoadData(void** module, const void* image) {
+  if (strcmp(static_cast<const char*>(image), "rounding") == 0) {
+    return emulated_modules::driver().load_module(module, emulated_modules::rounding_module());
+  }
   int bits, planes, span;
   if (sscanf(static_cast<const char*>(image), "%d %d %d", &bits, &planes, &span) != 3) return 200;
   const void* found = emulated_modules::module_for(bits, planes, span);

@@ -10,21 +10,19 @@ namespace lwquant {
 namespace emulated_modules {
 namespace {
 
-template <typename Arguments, void (*FUNCTION)(Arguments)>
-void run(void** arguments) {
-  FUNCTION(*static_cast<Arguments*>(arguments[0]));
-}
-
 #define LWQUANT_PLANES (planes_of(LWQUANT_BITS, LWQUANT_SPAN))
-// In the order of gpu::kKernelNames.
-#define MODULE                                                                            \
-  {LWQUANT_BITS,                                                                          \
-   LWQUANT_PLANES,                                                                        \
-   LWQUANT_SPAN,                                                                          \
-   {run<gpu::Quantizing, quantize_few>, run<gpu::Quantizing, quantize_many>,              \
-    run<gpu::Multiplying, multiply_few_1>, run<gpu::Multiplying, multiply_many_8>,        \
-    run<gpu::Multiplying, multiply_many_16>, run<gpu::Multiplying, multiply_many_32>,     \
-    run<gpu::Multiplying, add_parts>, run<gpu::Dequantizing, dequantize>}}
+#define MODULE                                                                \
+  {LWQUANT_BITS,                                                              \
+   LWQUANT_PLANES,                                                            \
+   LWQUANT_SPAN,                                                              \
+   {{"quantize_few", run<gpu::Quantizing, quantize_few>},                     \
+    {"quantize_many", run<gpu::Quantizing, quantize_many>},                   \
+    {"multiply_few_1", run<gpu::Multiplying, multiply_few_1>},                \
+    {"multiply_many_8", run<gpu::Multiplying, multiply_many_8>},              \
+    {"multiply_many_16", run<gpu::Multiplying, multiply_many_16>},            \
+    {"multiply_many_32", run<gpu::Multiplying, multiply_many_32>},            \
+    {"add_parts", run<gpu::Multiplying, add_parts>},                          \
+    {"dequantize", run<gpu::Dequantizing, dequantize>}}}
 
 #define LWQUANT_SPAN 1
 namespace spans_of_32 {

@@ -2,10 +2,14 @@
 
 #include "emulated_cuda.h"
 
+#include "cuda/rounding.cu"
+
 namespace lwquant {
 namespace emulated_modules {
 
 namespace {
+
+constexpr Module kRounding = {0, 0, 0, {{"round_block", run<ColumnBlock, ::round_block>}}};
 
 std::vector<const Module*>& all_modules() {
   static std::vector<const Module*> own;
@@ -18,10 +22,9 @@ int load_module(void** module, const void* image) {
 }
 
 int find_function(void** function, void* module, const char* name) {
-  for (int k = 0; k < gpu::kKernels; ++k) {
-    if (strcmp(gpu::kKernelNames[k], name) != 0) continue;
-    *function = const_cast<void*>(
-        static_cast<const void*>(&static_cast<const Module*>(module)->functions[k]));
+  for (const Function& known : static_cast<const Module*>(module)->functions) {
+    if (!known.name || strcmp(known.name, name) != 0) continue;
+    *function = const_cast<Function*>(&known);
     return 0;
   }
   return 500;  // CUDA_ERROR_NOT_FOUND
@@ -33,8 +36,8 @@ int launch(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, un
   if (block_y != 1 || block_z != 1 || shared_bytes) return 1;  // CUDA_ERROR_INVALID_VALUE
   const int grid[] = {static_cast<int>(grid_x), static_cast<int>(grid_y),
                       static_cast<int>(grid_z)};
-  const auto run = *static_cast<void (*const*)(void**)>(function);
-  gpu::emulated::launch(grid, static_cast<int>(block_x), [=] { run(arguments); });
+  const Function& kernel = *static_cast<const Function*>(function);
+  gpu::emulated::launch(grid, static_cast<int>(block_x), [&] { kernel.run(arguments); });
   return 0;
 }
 
@@ -63,6 +66,8 @@ const Module* module_for(int bits, int planes, int span) {
   }
   return nullptr;
 }
+
+const Module* rounding_module() { return &kRounding; }
 
 }  // namespace emulated_modules
 }  // namespace lwquant

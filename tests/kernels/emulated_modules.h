@@ -12,10 +12,20 @@ namespace emulated_modules {
 constexpr int kSpans[] = {1, 2, 4};
 constexpr int planes_of(int bits, int span) { return 1 + (bits + span / 2) % 2; }
 
+struct Function {
+  const char* name;
+  void (*run)(void** arguments);
+};
+
 struct Module {
   int bits, planes, span;
-  void (*functions[gpu::kKernels])(void** arguments);
+  Function functions[gpu::kKernels];  // those without a name are not there
 };
+
+template <typename Arguments, void (*FUNCTION)(Arguments)>
+void run(void** arguments) {
+  FUNCTION(*static_cast<Arguments*>(arguments[0]));
+}
 
 // Makes a file's modules known, one for each span.
 struct Known {
@@ -25,6 +35,7 @@ struct Known {
 const gpu::Driver& driver();
 // What driver().load_module() takes for an image; null where none was compiled.
 const Module* module_for(int bits, int planes, int span);
+const Module* rounding_module();
 
 }  // namespace emulated_modules
 }  // namespace lwquant

@@ -9,7 +9,7 @@ import pytest
 from lwquant.ops.cuda import nvrtc
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from gpu_runs.compiled import ARCHITECTURES, KINDS, compiled_kernels
+from gpu_runs.compiled import ARCHITECTURES, LAYER_KINDS, compiled_kernels
 
 # The widths and spans that need most, and one of each kind; `benchmarks/gpu.py --compile-only` has
 # all for all, which takes many minutes.
@@ -22,9 +22,11 @@ pytestmark = pytest.mark.skipif(
 
 def test_every_architecture_compiles_without_spills_and_with_tensor_cores_where_meant():
     kinds = [nvrtc.KernelKind(*numbers) for numbers in CHOSEN]
-    assert set(kinds) <= set(KINDS)
+    assert set(kinds) <= set(LAYER_KINDS)
+    jobs = [*zip(kinds, ARCHITECTURES, strict=True)]
+    jobs += [(nvrtc.RoundingKind(), architecture) for architecture in ARCHITECTURES]
     with ThreadPoolExecutor() as pool:  # NVRTC does not hold Python's lock
-        results = list(pool.map(compiled_kernels, kinds, ARCHITECTURES))
+        results = list(pool.map(compiled_kernels, *zip(*jobs, strict=True)))
     kernels = [kernel for result in results for kernel in result]
     broken = {
         (kernel.name, kernel.kind.label, kernel.architecture): list(kernel.broken_rules())

@@ -24,8 +24,8 @@ from unittest import mock
 sys.path += sys.argv[1:]
 from test_ops_linear import random_inputs, random_layer
 import torch
-from lwquant.ops import native
-from lwquant.ops.cuda import tiled
+from lwquant.ops import rounding as loops
+from lwquant.ops.cuda import rounding, tiled
 
 
 # With 3 bits the driver has 8-bit activations in groups of 64, 16-bit ones in the others, see
@@ -38,7 +38,7 @@ def code(kind, architecture):
 
 
 fake = mock.patch.multiple(
-    tiled, compiled=code, architecture=str, _stream=lambda _: 0, _multiprocessors=lambda _: 3
+    tiled, compiled=code, architecture=str, stream=lambda _: 0, multiprocessors=lambda _: 3
 )
 with fake, mock.patch("torch.cuda.device"):
     for group_size, activation_bits in ((32, 16), (64, 8), (128, 16), (1000, 16)):
@@ -77,6 +77,25 @@ with fake, mock.patch("torch.cuda.device"):
         raise SystemExit("kernels that are not there")
     except RuntimeError as error:
         assert "CUDA: no kernel image" in str(error)
+on_gpu = mock.patch.multiple(
+    rounding, compiled=lambda *_: b"rounding\\0", architecture=str, stream=lambda _: 0
+)
+with on_gpu, mock.patch("torch.cuda.device"):
+    for n_rows, n_columns, base in ((33, 300, False), (64, 128, True)):
+        shape = n_columns, n_rows
+        targets, scales = torch.randn(shape), torch.rand(shape) / 4 + 0.1
+        zeros = torch.randint(0, 8, shape).float()
+        feedback = torch.randn(n_columns, n_columns).mT / 50
+        start = targets + torch.randn(shape) / 10 if base else None
+        by = {}
+        for loop in (loops.round_block_torch, rounding.round_block):
+            by[loop] = targets.clone()
+            with mock.patch.object(loops, "_block_loop", lambda *_: loop):
+                loops.round_columns(by[loop], feedback, scales, zeros, 7, start)
+        plain, by_kernel = by.values()
+        assert by_kernel.isfinite().all() and not torch.equal(plain, targets)
+        # A sum within rounding of the middle of a step may go either way, and what follows with it.
+        assert ((plain - by_kernel).abs() < 1e-5).float().mean() > 0.98
 print("done")
 """
 
@@ -92,10 +111,12 @@ def test_layers_are_within_their_bound_from_python_to_the_kernels_and_back(tmp_p
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a driver")
 def test_without_a_driver_kernels_are_refused_with_what_is_missing():
-    from lwquant.ops.native import gpu_kernels
+    from lwquant.ops.cuda import driver
 
     with pytest.raises(ValueError, match=r"no NVIDIA driver: libcuda.so.1"):
-        gpu_kernels(b"", 4, 16, 4)
+        driver.kernels(b"", 4, 16, 4)
+    with pytest.raises(ValueError, match=r"no NVIDIA driver: libcuda.so.1"):
+        driver.rounding(b"")
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch):

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from lwquant.ops.cuda.nvrtc import SOURCES, KernelKind, compile_kernels, options, version
+from lwquant.ops.cuda.nvrtc import SOURCES, Kind, compile_kernels, options, version
 
 
 def folder() -> Path:
@@ -16,7 +16,7 @@ def folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "lwquant" / "cuda"
 
 
-def compiled(kind: KernelKind, architecture: str) -> bytes:
+def compiled(kind: Kind, architecture: str) -> bytes:
     """Machine code from the cache, or compiled now and put there."""
     path = folder() / f"{kind.label}-{architecture}-{_fingerprint(kind, architecture)}.cubin"
     if path.exists():
@@ -26,7 +26,7 @@ def compiled(kind: KernelKind, architecture: str) -> bytes:
     return code
 
 
-def _fingerprint(kind: KernelKind, architecture: str) -> str:
+def _fingerprint(kind: Kind, architecture: str) -> str:
     """Of all that machine code depends on: sources, options and compiler."""
     digest = hashlib.sha256(version().encode())
     for text in options(kind, architecture):

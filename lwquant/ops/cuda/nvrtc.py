@@ -12,6 +12,7 @@ import importlib.util
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Protocol
 
 from lwquant.errors import LwquantError
 
@@ -33,13 +34,26 @@ SYSTEM_LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12")
 HOW_TO_INSTALL = 'pip install "lwquant[cuda13]"'
 
 
+class Kind(Protocol):
+    """One of the modules that csrc/cuda is compiled to."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def source(self) -> str: ...  # in SOURCES
+    @property
+    def definitions(self) -> tuple[str, ...]: ...
+
+
 @dataclass(frozen=True)
 class KernelKind:
-    """The layers that one compiled module is for."""
+    """Products with the layers of one kind."""
 
     bits: int
     activation_bits: int
     span_blocks: int  # blocks of 32 inputs that share a scale of activations: 1, 2 or 4
+
+    source = "kernels.cu"
 
     @property
     def label(self) -> str:
@@ -55,6 +69,15 @@ class KernelKind:
 
 
 @dataclass(frozen=True)
+class RoundingKind:
+    """The loop over columns of GPTQ and its descendants, for all widths."""
+
+    source = "rounding.cu"
+    label = "rounding"
+    definitions = ()
+
+
+@dataclass(frozen=True)
 class CompiledKernels:
     """Machine code of one kind for one architecture, and what the compiler said."""
 
@@ -62,7 +85,7 @@ class CompiledKernels:
     log: str
 
 
-def options(kind: KernelKind, architecture: str) -> tuple[str, ...]:
+def options(kind: Kind, architecture: str) -> tuple[str, ...]:
     """What the compiler is told; `architecture` is one such as "sm_90a"."""
     return (
         f"--gpu-architecture={architecture}",
@@ -74,18 +97,18 @@ def options(kind: KernelKind, architecture: str) -> tuple[str, ...]:
 
 
 def compile_kernels(
-    kind: KernelKind, architecture: str, extra_options: tuple[str, ...] = ()
+    kind: Kind, architecture: str, extra_options: tuple[str, ...] = ()
 ) -> CompiledKernels:
-    """csrc/cuda/kernels.cu for one kind and architecture. LwquantError where NVRTC is missing."""
+    """The sources of one kind for one architecture. LwquantError where NVRTC is missing."""
     nvrtc = library()
     program = ctypes.c_void_p()
-    source = (SOURCES / "kernels.cu").read_bytes()
+    source = (SOURCES / kind.source).read_bytes()
     one_text = ctypes.c_char_p * 1
     _check(
         nvrtc.nvrtcCreateProgram(
             ctypes.byref(program),
             source,
-            b"kernels.cu",
+            kind.source.encode(),
             1,
             one_text(STDINT),
             one_text(b"stdint.h"),

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lwquant.errors import LwquantError
-from lwquant.ops import native
+from lwquant.ops.cuda import driver
 from lwquant.ops.cuda.cache import compiled
+from lwquant.ops.cuda.device import architecture, multiprocessors, stream
 from lwquant.ops.cuda.nvrtc import KernelKind
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def linear(
     layer = layer_of(tiles, out_features, in_features)
     tokens = x.reshape(-1, in_features).contiguous()
     n_tokens = tokens.shape[0]
-    if n_tokens > native.gpu_tokens():
+    if n_tokens > driver.most_tokens():
         shape = out_features, in_features
         weight = _weight(layer, activation_bits, shape, x.dtype, tiles.device)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -48,7 +48,7 @@ def linear(
         return y
     bias = None if bias is None else bias.contiguous()
     device = tiles.device
-    processors = _multiprocessors(device.index)
+    processors = multiprocessors(device.index)
     n_bytes = layer.workspace_bytes(n_tokens, activation_bits, processors)
     # From torch's allocator: it knows streams and the memory of CUDA graphs.
     workspace = torch.empty(n_bytes, dtype=torch.uint8, device=device)
@@ -65,7 +65,7 @@ def linear(
             workspace.data_ptr(),
             n_bytes,
             processors,
-            _stream(device),
+            stream(device),
         )
     return y
 
@@ -81,7 +81,7 @@ def layer_of(tiles: Tensor, out_features: int, in_features: int) -> GpuLayer:
     found: GpuLayer | None = _layers.get(tiles)
     if found is None:
         header = tiles[:HEADER_BYTES].cpu().numpy().tobytes()
-        found = native.gpu_layer(header, tiles, out_features, in_features)
+        found = driver.layer(header, tiles, out_features, in_features)
         _layers[tiles] = found
     return found
 
@@ -97,7 +97,7 @@ def _weight(
     weight = torch.empty(shape, dtype=dtype, device=device)
     kernels = _kernels(layer, activation_bits, device)
     with torch.cuda.device(device):
-        layer.dequantize(kernels, weight.data_ptr(), FLOATS.index(dtype), _stream(device))
+        layer.dequantize(kernels, weight.data_ptr(), FLOATS.index(dtype), stream(device))
     return weight
 
 
@@ -109,22 +109,4 @@ def _kernels(layer: GpuLayer, activation_bits: int, device: torch.device) -> Gpu
 def _loaded(kind: KernelKind, device_index: int) -> GpuKernels:
     code = compiled(kind, architecture(device_index))
     with torch.cuda.device(device_index):
-        return native.gpu_kernels(code, kind.bits, kind.activation_bits, kind.span_blocks)
-
-
-def architecture(device_index: int) -> str:
-    """Such as "sm_90". LwquantError where the kernels' instructions are missing."""
-    major, minor = torch.cuda.get_device_capability(device_index)
-    if major < 8:
-        name = torch.cuda.get_device_name(device_index)
-        raise LwquantError(f"{name} is sm_{major}{minor}; quantized layers need sm_80 or newer")
-    return f"sm_{major}{minor}"
-
-
-@functools.cache
-def _multiprocessors(device_index: int) -> int:
-    return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
-
-
-def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream)
+        return driver.kernels(code, kind.bits, kind.activation_bits, kind.span_blocks)

@@ -1,0 +1,34 @@
+"""What the compiled module does with a GPU: it reaches the driver, and launches kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lwquant.ops.native import extension
+
+if TYPE_CHECKING:
+    from lwquant.ops._kernels import GpuKernels, GpuLayer, GpuRounding
+
+
+def most_tokens() -> int:
+    """How many tokens the kernels take at a time."""
+    return extension().GPU_TOKENS  # type: ignore[no-any-return]
+
+
+def layer(header: bytes, tiles: Tensor, out_features: int, in_features: int) -> GpuLayer:
+    """Tiles on a GPU, of which `header` are the first 64 bytes; ValueError where they lie."""
+    return extension().GpuLayer(  # type: ignore[no-any-return]
+        header, tiles.data_ptr(), tiles.numel(), out_features, in_features
+    )
+
+
+def kernels(code: bytes, bits: int, activation_bits: int, span_blocks: int) -> GpuKernels:
+    """Machine code of csrc/cuda/kernels.cu, loaded into the current GPU."""
+    return extension().GpuKernels(code, bits, activation_bits, span_blocks)  # type: ignore[no-any-return]
+
+
+def rounding(code: bytes) -> GpuRounding:
+    """Machine code of csrc/cuda/rounding.cu, loaded into the current GPU."""
+    return extension().GpuRounding(code)  # type: ignore[no-any-return]

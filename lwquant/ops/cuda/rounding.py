@@ -1,0 +1,75 @@
+"""The loop over a block of columns on a GPU, one launch in place of hundreds."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lwquant.errors import LwquantError
+from lwquant.ops.cuda import driver
+from lwquant.ops.cuda.cache import compiled
+from lwquant.ops.cuda.device import architecture, stream
+from lwquant.ops.cuda.nvrtc import RoundingKind
+
+if TYPE_CHECKING:
+    from lwquant.ops._kernels import GpuRounding
+
+
+def can_round(*tensors: Tensor | None) -> bool:
+    """Whether round_block() serves these tensors; a warning says once why it does not on a GPU."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    if not all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in there):
+        return False
+    return _loaded(there[0].device.index) is not None
+
+
+def round_block(
+    targets: Tensor,
+    feedback: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    max_code: int,
+    base: Tensor | None,
+) -> Tensor:
+    """As lwquant.ops.rounding.round_block_torch(), but that products are added unrounded.
+
+    Up to 128 columns; rows of `feedback` may lie apart.
+    """
+    device = targets.device
+    kernel = _loaded(device.index)
+    if kernel is None or not targets.is_contiguous() or feedback.stride(1) != 1:
+        raise ValueError("targets on a GPU with its kernels, and rows of numbers side by side")
+    scales, zeros = scales.contiguous(), zeros.contiguous()
+    base = None if base is None else base.contiguous()
+    errors = torch.empty_like(targets)
+    n_columns, n_rows = targets.shape
+    with torch.cuda.device(device):
+        kernel.round_block(
+            targets.data_ptr(),
+            n_columns,
+            n_rows,
+            feedback.data_ptr(),
+            feedback.stride(0),
+            0 if base is None else base.data_ptr(),
+            scales.data_ptr(),
+            zeros.data_ptr(),
+            float(max_code),
+            errors.data_ptr(),
+            stream(device),
+        )
+    return errors
+
+
+@functools.cache
+def _loaded(device_index: int) -> GpuRounding | None:
+    try:
+        code = compiled(RoundingKind(), architecture(device_index))
+        with torch.cuda.device(device_index):
+            return driver.rounding(code)
+    except LwquantError as error:
+        warnings.warn(f"rounding on this GPU takes several times as long: {error}", stacklevel=2)
+        return None
