@@ -23,6 +23,7 @@ from lwquant.capture.tokens import (
     token_hash,
     with_opening,
 )
+from lwquant.devices import usable
 from lwquant.errors import BudgetError, CalibrationError, CheckpointError
 from lwquant.methods import describe
 from lwquant.model.checkpoint import WeightSource, open_checkpoint, resolve
@@ -99,11 +100,13 @@ def open_model(
     Args:
         transform: source and decoder are those of the transformed model.
 
-    Raises CheckpointError, UnsupportedModelError, TransformError.
+    Raises CheckpointError, UnsupportedModelError, TransformError, and LwquantError for a device
+    that cannot be used.
     """
+    where = usable(device)
     path = resolve(model, revision)
     source = open_checkpoint(path)
-    decoder = Decoder.open(source, device)
+    decoder = Decoder.open(source, where)
     source.check_finite()
     folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
     try:

@@ -113,9 +113,13 @@ class EmulatedDevice(TorchDispatchMode):
         # torch.tensor() makes them on the CPU and moves them by an operator, which is seen here.
         self._lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
+        # Module.to() makes parameters anew: one of the CPU cannot take the other's inside.
+        self._overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         return self
 
     def __exit__(self, *error: Any) -> None:
+        torch.__future__.set_overwrite_module_params_on_conversion(self._overwritten)
         torch._C._set_only_lift_cpu_tensors(self._lifted)
         super().__exit__(*error)
 
@@ -146,12 +150,15 @@ class EmulatedDevice(TorchDispatchMode):
         return tree_map(wrap, out)
 
     def _of_ours(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Our operators have one meaning in plain torch for all devices, itself looked at here."""
-        here, _ = _split(tree_leaves((args, kwargs)))
+        """Looked into where it is plain torch on every device; its CPU kernel where it is not."""
+        here, elsewhere = _split(tree_leaves((args, kwargs)))
         if not here:
             return func(*args, **kwargs)
-        with self:
-            return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        if func.has_kernel_for_dispatch_key(DispatchKey.CompositeExplicitAutograd):
+            with self:
+                return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        self._check(func, args, kwargs, here, elsewhere, True)
+        return self._counted(func(*tree_map(_plain, args), **tree_map(_plain, kwargs)))
 
     def _check(
         self,

@@ -18,6 +18,7 @@ from tiny_models import random_model
 from transformers import AutoConfig
 
 import lwquant
+from lwquant.errors import LwquantError
 from lwquant.inspection import inspect_folder
 from lwquant.ops import rounding
 from lwquant.recipe import Recipe
@@ -118,6 +119,32 @@ def test_every_stage_runs_on_the_device(llama, tmp_path, variant):
 
 
 @pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_packed_model_is_measured_on_the_device(llama, tmp_path, heldout_text, kernels):
+    """Layers with kernels keep tiles on it, those with outliers are unpacked there."""
+    outliers = {} if kernels else {"outliers": 5, "quantizer": {**QUICK, "name": "quantease"}}
+    made(llama, tmp_path / "out", "cpu", metric="outlier_count", **outliers)
+    (tmp_path / "text.txt").write_text(heldout_text[:2000])
+    settings = {
+        "text": tmp_path / "text.txt",
+        "reference": llama,
+        "windows": 2,
+        "seq_len": 48,
+        "cache": None,
+    }
+    on_cpu = lwquant.evaluate(tmp_path / "out", **settings, progress=lambda *_: None)
+    with EmulatedDevice() as device:
+        found = lwquant.evaluate(
+            tmp_path / "out", **settings, device=DEVICE, progress=lambda *_: None
+        )
+    assert device.peak > 0
+    if kernels:
+        assert found == on_cpu
+    else:  # inputs stay float32 there
+        assert found.kl_divergence == pytest.approx(on_cpu.kl_divergence, rel=0.02)
+
+
+@pytest.mark.usefixtures("plain_torch")
 def test_a_block_at_a_time_is_on_the_device(tmp_path, llama):
     """Six blocks more do not take the memory of one more on the device."""
     with safe_open(llama / "model.safetensors", "pt") as file:
@@ -166,3 +193,14 @@ def test_a_gpu_rounds_nearly_all_weights_as_the_cpu_does(tiny_folder, tmp_path):
     assert plans[0] == plans[1]
     kl = [result.held_out.kl_divergence for result in results.values()]
     assert kl[1] == pytest.approx(kl[0], rel=0.15)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(tiny_folder, tmp_path, device):
+    refused = rf"device '{device}' cannot be used with this torch"
+    with pytest.raises(LwquantError, match=refused):
+        lwquant.quantize(tiny_folder, bpw=4, output=tmp_path / "out", device=device)
+    with pytest.raises(LwquantError, match=refused):
+        lwquant.evaluate(tiny_folder, text=tmp_path / "none.txt", device=device)
+    assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from lwquant.devices import usable
 from lwquant.errors import CheckpointError, UnsupportedModelError
 from lwquant.evaluation.measure import Predictions
 from lwquant.evaluation.reference import reference_predictions
@@ -37,14 +38,16 @@ class Subject(Protocol):
 def open_subject(model: str | Path, device: str) -> Subject:
     """Open what `model` (a folder, a .gguf file or a hub id) holds.
 
-    Raises CheckpointError where it cannot be read, UnsupportedModelError.
+    Raises CheckpointError where it cannot be read, UnsupportedModelError, and LwquantError for a
+    device that cannot be used.
     """
+    where = usable(device)
     path = resolve(model)
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     quantization = config.get("quantization_config")
     # Left behind where transformers unpacked a GGUF file into plain floats.
     if isinstance(quantization, dict) and quantization.get("quant_method") != "gguf":
-        return PackedModel(path, quantization, device)
+        return PackedModel(path, quantization, where)
     return FloatModel(open_model(path, device))
 
 
@@ -70,7 +73,7 @@ class PackedModel:
     forward does with them, caps and scales of logits included.
     """
 
-    def __init__(self, folder: Path, quantization: dict[str, Any], device: str) -> None:
+    def __init__(self, folder: Path, quantization: dict[str, Any], device: torch.device) -> None:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder}: holds no safetensors")
