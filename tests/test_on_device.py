@@ -202,5 +202,5 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(tiny_folder, tmp_
     with pytest.raises(LwquantError, match=refused):
         lwquant.quantize(tiny_folder, bpw=4, output=tmp_path / "out", device=device)
     with pytest.raises(LwquantError, match=refused):
-        lwquant.evaluate(tiny_folder, text=tmp_path / "none.txt", device=device)
+        lwquant.evaluate(tiny_folder, text=Path(__file__), device=device)
     assert not (tmp_path / "out").exists()
