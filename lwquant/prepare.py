@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from lwquant.capture.generate import sample_windows
 from lwquant.capture.text import SELF, read_source
 from lwquant.capture.tokens import (
+    Sampler,
     calibration_set,
-    from_tokens,
     opening,
     shifted_around,
     token_hash,
@@ -136,20 +136,18 @@ def prepare_tokens(
     n_windows = recipe.n_samples + recipe.held_out + recipe.tune
     before = opening(opened.tokenizer)
     length = recipe.seq_len - len(before)
-    if texts is None and SELF in recipe.sources:
-        if recipe.sources != (SELF,):
-            raise CalibrationError("source 'self' cannot be mixed with others")
-        sampled = sample_windows(opened.path, n_windows, length, recipe.seed, before, progress)
-        every = from_tokens(sampled, SELF, recipe.seed)
-    else:
-        named = (
-            [("texts", "\n\n".join(texts))]
-            if texts is not None
-            else [(source, read_source(source)) for source in recipe.sources]
-        )
-        every = calibration_set(
-            named, opened.tokenizer, n_samples=n_windows, seq_len=length, seed=recipe.seed
-        )
+
+    def sampled(n: int) -> Tensor:
+        return sample_windows(opened.path, n, length, recipe.seed, before, progress)
+
+    named: list[tuple[str, str | Sampler]] = (
+        [("texts", "\n\n".join(texts))]
+        if texts is not None
+        else [(name, sampled if name == SELF else read_source(name)) for name in recipe.sources]
+    )
+    every = calibration_set(
+        named, opened.tokenizer, n_samples=n_windows, seq_len=length, seed=recipe.seed
+    )
     limit = opened.decoder.vocab_size
     if every.tokens.max() >= limit:
         raise CalibrationError(

@@ -172,7 +172,7 @@ const char* load_rounding(const Driver& driver, const void* image, RoundingModul
   *out = {&driver, nullptr};
   void* module = nullptr;
   int error = driver.load_module(&module, image);
-  if (!error) error = driver.find_function(&out->round_block, module, kRoundingNames[0]);
+  if (!error) error = driver.find_function(&out->round_block, module, "round_block");
   return text_of(driver, error, kRefused);
 }
 

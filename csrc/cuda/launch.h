@@ -92,7 +92,6 @@ struct RoundingModule {
   const Driver* driver;
   void* round_block;
 };
-constexpr const char* kRoundingNames[] = {"round_block"};
 
 const char* load_rounding(const Driver&, const void* image, RoundingModule* out);
 

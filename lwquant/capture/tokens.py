@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lwquant.errors import CalibrationError
 from lwquant.types import CalibrationSet
+
+Sampler = Callable[[int], Tensor]  # of n windows, (n, seq_len)
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
@@ -69,24 +71,35 @@ def token_hash(tokens: Tensor) -> str:
 
 
 def calibration_set(
-    texts: Sequence[tuple[str, str]], tokenizer: Any, *, n_samples: int, seq_len: int, seed: int
+    sources: Sequence[tuple[str, str | Sampler]],
+    tokenizer: Any,
+    *,
+    n_samples: int,
+    seq_len: int,
+    seed: int,
 ) -> CalibrationSet:
-    """Windows from several texts in equal shares, without an opening().
+    """Windows from several sources in equal shares, without an opening().
 
     Args:
-        texts: (source name, text) pairs; earlier ones get the remainder of n_samples.
+        sources: (name, text) pairs, or (name, what draws so many windows itself); earlier ones get
+            the remainder of n_samples. Texts come first: they take no time, and may be too short.
 
-    Raises CalibrationError for no text, an empty text, or one too short for its share.
+    Raises CalibrationError for no source, an empty text, or one too short for its share.
     """
-    if not texts:
+    if not sources:
         raise CalibrationError("no calibration text was given")
-    parts = []
-    for position, (source, text) in enumerate(texts):
-        share = n_samples // len(texts) + (position < n_samples % len(texts))
-        if not text.strip():
-            raise CalibrationError(f"{source}: the text is empty")
-        parts.append(cut_windows(tokenize(text, tokenizer), share, seq_len, seed, source))
-    return from_tokens(torch.cat(parts), " + ".join(source for source, _ in texts), seed)
+    parts: dict[int, Tensor] = {}
+    in_order = sorted(enumerate(sources), key=lambda item: not isinstance(item[1][1], str))
+    for position, (name, source) in in_order:
+        share = n_samples // len(sources) + (position < n_samples % len(sources))
+        if not isinstance(source, str):
+            parts[position] = source(share)
+            continue
+        if not source.strip():
+            raise CalibrationError(f"{name}: the text is empty")
+        parts[position] = cut_windows(tokenize(source, tokenizer), share, seq_len, seed, name)
+    tokens = torch.cat([parts[position] for position in range(len(sources))])
+    return from_tokens(tokens, " + ".join(name for name, _ in sources), seed)
 
 
 def from_tokens(tokens: Tensor, source: str, seed: int) -> CalibrationSet:

@@ -135,3 +135,27 @@ def test_all_windows_of_a_run_begin_with_the_opening_and_hold_text_behind_it(
         assert torch.equal(after[:, 1:], before)
     assert found.calibration.tokens.shape == (8, 32)
     assert found.calibration.sha256 == token_hash(found.calibration.tokens)
+
+
+def test_windows_the_model_writes_are_mixed_with_those_of_a_text(tiny_folder, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
+    opened = open_model(tiny_folder)
+    recipe = Recipe(
+        sources=("self", str(tmp_path / "text.txt")), n_samples=5, held_out=2, seq_len=16
+    )
+    mixed = prepare_tokens(opened, recipe)
+    assert mixed.calibration.source == f"self + {tmp_path / 'text.txt'}"
+    windows = {tuple(w.tolist()) for w in (*mixed.calibration.tokens, *mixed.held_out)}
+    nothing = torch.empty(0, dtype=torch.long)
+    written = sample_windows(tiny_folder, 4, 16, 0, nothing)
+    text = tokenize((tmp_path / "text.txt").read_text(), opened.tokenizer)
+    cut = cut_windows(text, 3, 16, 0, "text")
+    assert windows == {tuple(w.tolist()) for w in (*written, *cut)}
+
+
+def test_a_short_text_is_refused_before_the_model_writes(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("a")
+    monkeypatch.setattr("lwquant.prepare.sample_windows", lambda *_: pytest.fail("it wrote"))
+    recipe = Recipe(sources=("self", str(tmp_path / "short.txt")), n_samples=4, seq_len=16)
+    with pytest.raises(CalibrationError, match=r"short.txt: 1 tokens give 0 windows of 16"):
+        prepare_tokens(open_model(tiny_folder), recipe)
