@@ -3,10 +3,10 @@
     python benchmarks/domains.py            # every row that results/domains.csv lacks
     python benchmarks/domains.py --table
 
-SmolLM2-135M is calibrated on C4, on Wikipedia, or on source code alone, and tested on all of them
-and on WikiText-2. The first half of each text calibrates, the second tests. At the size of the
-uniform 3-bit plan, with the rounding and the propagation of the default preset: its mixed plan
-beside the uniform one.
+SmolLM2-135M is calibrated on C4, on Wikipedia, or on source code alone, on all three, or on what
+lwquant has without any file, and tested on all of them and on WikiText-2. The first half of each
+text calibrates, the second tests. At the size of the uniform 3-bit plan, with the rounding and the
+propagation of the default preset: its mixed plan beside the uniform one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,16 @@ from rows import HERE, commit, machine, measure_missing, stored
 CSV = HERE / "results" / "domains.csv"
 WORK = HERE.parent / "demo"
 DATA = HERE.parent.parent / "shared" / "data"
-KINDS = {"C4": "c4.utf8", "Wikipedia": "wiki.utf8", "code": "code.utf8"}
-TESTS = {**KINDS, "WikiText-2": "wikitext-2-raw-test.txt"}
+TEXTS = {"C4": "c4.utf8", "Wikipedia": "wiki.utf8", "code": "code.utf8"}
+TESTS = {**TEXTS, "WikiText-2": "wikitext-2-raw-test.txt"}
+# Files, or sources that lwquant has itself; several share the windows.
+KINDS = {
+    **{name: (file,) for name, file in TEXTS.items()},
+    "C4, Wikipedia and code": tuple(TEXTS.values()),
+    "Python's documentation": ("builtin",),
+    "the model's own text": ("self",),
+    "both of these": ("builtin", "self"),
+}
 PLANS = {"mixed": {}, "uniform": {"allocator": "uniform", "metric": "outlier_count"}}
 BITS, GROUP, WINDOWS, SEQ_LEN = 3, 64, 12, 512
 
@@ -53,11 +61,12 @@ def run(calibration: str, plan_name: str) -> list[Row]:
     from lwquant.recipe import load_recipe
     from lwquant.stages import plan_report
 
-    WORK.mkdir(exist_ok=True)
-    source = WORK / f"domain-{KINDS[calibration]}.txt"
-    source.write_text(halves(KINDS[calibration])[0], encoding="utf-8")
     recipe = load_recipe("default").changed(
-        sources=(str(source),), group_size=GROUP, seq_len=SEQ_LEN, held_out=2, **PLANS[plan_name]
+        sources=tuple(map(source_of, KINDS[calibration])),
+        group_size=GROUP,
+        seq_len=SEQ_LEN,
+        held_out=2,
+        **PLANS[plan_name],
     )
     with fast_float32():
         opened = open_model(SMOLLM2.fetch(WORK))
@@ -88,6 +97,16 @@ def run(calibration: str, plan_name: str) -> list[Row]:
     ]
 
 
+def source_of(kind: str) -> str:
+    """The first half of a file of DATA, as a file; other sources as they are."""
+    if kind not in TEXTS.values():
+        return kind
+    WORK.mkdir(exist_ok=True)
+    half = WORK / f"domain-{kind}.txt"
+    half.write_text(halves(kind)[0], encoding="utf-8")
+    return str(half)
+
+
 def halves(file: str) -> tuple[str, str]:
     text = (DATA / file).read_text(encoding="utf-8")
     middle = text.index("\n", len(text) // 2)
@@ -115,7 +134,8 @@ def main() -> None:
     if arguments.row:
         print(json.dumps([asdict(row) for row in run(*arguments.row)]))
         return
-    wanted = [(calibration, plan) for plan in PLANS for calibration in KINDS]
+    # The uniform plan beside those of one kind only.
+    wanted = [(name, plan) for plan in PLANS for name in (TEXTS if plan == "uniform" else KINDS)]
     if not arguments.table:
         measure_missing(Row, CSV, __file__, wanted, lambda row: (row.calibration, row.plan))
     print_table(stored(Row, CSV))

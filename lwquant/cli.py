@@ -43,7 +43,11 @@ TokenImportance = Annotated[
     str | None, typer.Option(help="How calibration tokens count, e.g. attention_concentration.")
 ]
 Calibration = Annotated[
-    str | None, typer.Option(help="builtin, self, a text file, or datasets:NAME[,CONFIG].")
+    list[str] | None,
+    typer.Option(
+        help="builtin, self, a text file, or datasets:NAME[,CONFIG]; given again, they share the "
+        "windows."
+    ),
 ]
 Effort = Annotated[str | None, typer.Option(help="fast, default or best; a recipe by its name.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Recipe name or .toml file.")]
@@ -122,7 +126,7 @@ def quantize(
         plan=plan,
         report=report,
         recipe=recipe,
-        calibration=calibration,
+        sources=_sources(calibration),
         device=device,
         overwrite=overwrite,
         command=shlex.join(["lwquant", *sys.argv[1:]]),
@@ -179,7 +183,7 @@ def sensitivity(
     measured = lwquant.measure_model(
         model,
         recipe=recipe,
-        calibration=calibration,
+        sources=_sources(calibration),
         device=device,
         transform=transform,
         metric=metric,
@@ -317,7 +321,7 @@ def sweep(
         output=output,
         text=text,
         recipe=recipe,
-        calibration=calibration,
+        sources=_sources(calibration),
         device=device,
         overwrite=overwrite,
         transform=transform,
@@ -363,7 +367,7 @@ def ratio(
         output=output,
         text=text,
         recipe=recipe,
-        calibration=calibration,
+        sources=_sources(calibration),
         device=device,
         overwrite=overwrite,
         transform=transform,
@@ -423,6 +427,10 @@ def _errors_in_words() -> Iterator[None]:
     except BrokenPipeError:  # `lwquant inspect OUT | head`
         sys.stderr.close()
         raise SystemExit(1) from None
+
+
+def _sources(named: list[str] | None) -> tuple[str, ...] | None:
+    return tuple(named) if named else None
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -249,3 +249,14 @@ def test_the_installed_command_and_the_package_agree():
         "push",
     ):
         assert command in shown
+
+
+def test_a_calibration_given_again_shares_the_windows(
+    monkeypatch, capsys, tiny_folder, recipe, tmp_path
+):
+    text, report = recipe.parent / "text.txt", tmp_path / "report.json"
+    options = ("--output", report, "--recipe", recipe, "--metric", "outlier_count")
+    sources = ("--calibration", "self", "--calibration", text)
+    status, _, progress = run(monkeypatch, capsys, "sensitivity", tiny_folder, *options, *sources)
+    assert status == 0 and "sample" in progress
+    assert json.loads(report.read_text())["calibration"]["source"] == f"self + {text}"
