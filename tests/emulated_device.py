@@ -10,7 +10,7 @@ the device at one time are counted.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,21 +67,19 @@ class OnDevice(Tensor):
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """C++ would find that it is on the CPU already, and that moving to the device is work."""
-        other = args[0] if args and isinstance(args[0], Tensor) else None
-        first = args[0] if args and isinstance(args[0], str | torch.device) else None
-        device = kwargs.get("device", other.device if other is not None else first)
-        if device is None or torch.device(device).type == "cuda":
-            dtype = other.dtype if other is not None else kwargs.get("dtype")
-            for each in args:
-                dtype = each if isinstance(each, torch.dtype) else dtype
-            copy = kwargs.get("copy", False)
-            if dtype in (None, self.dtype) and not copy:
-                return self
-            return aten._to_copy.default(self, dtype=dtype or self.dtype)  # type: ignore[no-any-return]
-        dtype = kwargs.get("dtype", other.dtype if other is not None else None)
-        for each in args:
-            dtype = each if isinstance(each, torch.dtype) else dtype
-        return aten._to_copy.default(self, dtype=dtype or self.dtype, device=torch.device(device))  # type: ignore[no-any-return]
+        other = next((each for each in args if isinstance(each, Tensor)), None)
+        dtype = next((each for each in args if isinstance(each, torch.dtype)), kwargs.get("dtype"))
+        device = next(
+            (each for each in args if isinstance(each, str | torch.device)), kwargs.get("device")
+        )
+        if other is not None:
+            dtype, device = other.dtype, other.device
+        settings = {"dtype": dtype or self.dtype}
+        if device is not None and torch.device(device).type != "cuda":
+            settings["device"] = torch.device(device)
+        elif settings["dtype"] == self.dtype and not kwargs.get("copy", False):
+            return self
+        return aten._to_copy.default(self, **settings)  # type: ignore[no-any-return]
 
     def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.to("cpu")
@@ -107,20 +105,22 @@ class EmulatedDevice(TorchDispatchMode):
         super().__init__()
         self.peak = self.now = 0
         self._seen: set[int] = set()
+        self._before: list[tuple[bool, bool]] = []  # entered more than once where it calls itself
 
     def __enter__(self) -> EmulatedDevice:
         super().__enter__()
+        future, lifts = torch.__future__, torch._C._only_lift_cpu_tensors()
+        self._before.append((lifts, future.get_overwrite_module_params_on_conversion()))
         # torch.tensor() makes them on the CPU and moves them by an operator, which is seen here.
-        self._lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         # Module.to() makes parameters anew: one of the CPU cannot take the other's inside.
-        self._overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        future.set_overwrite_module_params_on_conversion(True)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        torch.__future__.set_overwrite_module_params_on_conversion(self._overwritten)
-        torch._C._set_only_lift_cpu_tensors(self._lifted)
+        lifts, overwrites = self._before.pop()
+        torch._C._set_only_lift_cpu_tensors(lifts)
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
         super().__exit__(*error)
 
     def __torch_dispatch__(
@@ -137,8 +137,10 @@ class EmulatedDevice(TorchDispatchMode):
         self._check(func, args, kwargs, here, elsewhere, to_device)
         plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
-        if not to_device or func is aten.copy_.default:
-            return args[0] if func is aten.copy_.default else out
+        if func is aten.copy_.default:
+            return args[0]
+        if not to_device:
+            return out
         written = {id(t.plain): t for t in here}
 
         def wrap(value: Any) -> Any:
@@ -205,6 +207,3 @@ def _split(leaves: Iterable[Any]) -> tuple[list[OnDevice], list[Tensor]]:
 
 def _plain(value: Any) -> Any:
     return value.plain if isinstance(value, OnDevice) else value
-
-
-Emulated = Callable[[], EmulatedDevice]
