@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure  # used without pyplot, so nothing global is touched
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -135,8 +136,9 @@ def plot_agreement(rows: Sequence[AgreementPoint], path: Path, *, model: str = "
             )
     if drawn:
         axes.axline((1, 1), (2, 2), color=INK, linestyle="--", linewidth=1, label="equal")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set(xscale="log", yscale="log")
+        _label_plainly(axes.xaxis)
+        _label_plainly(axes.yaxis)
         axes.legend(frameon=False)
     axes.set(xlabel="predicted: sum of the plan's costs", ylabel="measured KL, nats per token")
     _tidy(axes)
@@ -304,9 +306,14 @@ def _place(name: str) -> tuple[int, str]:
 
 def _log_axis(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _label_plainly(axes.yaxis)
+
+
+def _label_plainly(axis: Axis) -> None:
+    """0.1, 0.2, 0.5, 1 on a logarithmic axis, and nothing between."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _tidy(axes: Axes) -> None:
