@@ -108,7 +108,8 @@ def quantize(
         output: folder to make; it must not exist, or be empty.
         plan, report: a result of an earlier stage, perhaps edited, which is then not made again.
         recipe: name or .toml file of the remaining settings; see Recipe.
-        calibration: a source ("builtin", "self", a text file, "datasets:NAME") or a list of texts.
+        calibration: a source ("self", the default: the model writes; "builtin", a text file,
+            "datasets:NAME") or a list of texts.
         settings: single settings of the recipe, e.g. metric="measured_kl", group_size=128, or
             max_decode_us=900, decode_times="times.json" for a limit on decode time beside the
             budget.

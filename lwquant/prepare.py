@@ -23,7 +23,7 @@ from lwquant.capture.tokens import (
     token_hash,
     with_opening,
 )
-from lwquant.devices import usable
+from lwquant.devices import free_memory, usable
 from lwquant.errors import BudgetError, CalibrationError, CheckpointError
 from lwquant.methods import describe
 from lwquant.model.checkpoint import WeightSource, open_checkpoint, resolve
@@ -138,6 +138,7 @@ def prepare_tokens(
     length = recipe.seq_len - len(before)
 
     def sampled(n: int) -> Tensor:
+        _check_fits_memory(opened)
         return sample_windows(opened.path, n, length, recipe.seed, before, progress)
 
     named: list[tuple[str, str | Sampler]] = (
@@ -162,6 +163,17 @@ def prepare_tokens(
         chosen, every.source, token_hash(chosen), recipe.seed, recipe.expand
     )
     return Windows(calibration, with_opening(held_out, before), with_opening(tuning, before))
+
+
+def _check_fits_memory(opened: OpenModel) -> None:
+    source, free = opened.source, free_memory()
+    needed = 4 * sum(math.prod(source.shape(name)) for name in source.names())
+    if free is not None and needed > free:
+        raise CalibrationError(
+            f"calibration on text that the model writes itself ('self') needs the float model in "
+            f"memory, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: name a text instead "
+            "(--calibration FILE), or 'builtin'"
+        )
 
 
 def parse_size(size: str | int) -> int:

@@ -31,7 +31,7 @@ class Recipe:
     Methods are a listed name, {"name": ..., settings}, or a function with the family's signature.
     """
 
-    sources: tuple[str, ...] = ("builtin",)  # texts in equal shares; see capture/text.py
+    sources: tuple[str, ...] = ("self",)  # texts in equal shares; see capture/text.py
     n_samples: int = 64
     seq_len: int = 512
     seed: int = 0

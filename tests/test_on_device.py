@@ -26,6 +26,7 @@ from lwquant.recipe import Recipe
 DEVICE = "cuda:0"
 QUICK = {"name": "gptq", "search": False}
 SMALL = Recipe(
+    sources=("builtin",),
     n_samples=4,
     seq_len=48,
     held_out=2,

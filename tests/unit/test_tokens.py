@@ -159,3 +159,12 @@ def test_a_short_text_is_refused_before_the_model_writes(tiny_folder, tmp_path, 
     recipe = Recipe(sources=("self", str(tmp_path / "short.txt")), n_samples=4, seq_len=16)
     with pytest.raises(CalibrationError, match=r"short.txt: 1 tokens give 0 windows of 16"):
         prepare_tokens(open_model(tiny_folder), recipe)
+
+
+def test_a_model_too_large_to_write_its_own_text_is_refused_by_its_size(tiny_folder, monkeypatch):
+    monkeypatch.setattr("lwquant.prepare.free_memory", lambda: 10**6)
+    opened = open_model(tiny_folder)
+    with pytest.raises(
+        CalibrationError, match=r"needs the float model in memory, 0.\d GB, and 0.0"
+    ):
+        prepare_tokens(opened, Recipe(n_samples=4, seq_len=16))
