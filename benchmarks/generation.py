@@ -89,6 +89,7 @@ def quantized(model: str, engine: str) -> Path:
             allocator="uniform" if uniform else {"name": "ranked", "bits": (4, 3)},
             allow_worse=True,
             bits=(4, 16) if uniform else (3, 4),
+            calibration="builtin",
             n_samples=2,
             held_out=1,
         )

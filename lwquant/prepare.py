@@ -139,7 +139,9 @@ def prepare_tokens(
 
     def sampled(n: int) -> Tensor:
         _check_fits_memory(opened)
-        return sample_windows(opened.path, n, length, recipe.seed, before, progress)
+        return sample_windows(
+            opened.path, n, length, recipe.seed, before, progress, opened.decoder.device
+        )
 
     named: list[tuple[str, str | Sampler]] = (
         [("texts", "\n\n".join(texts))]

@@ -43,7 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "augmented Hessian, full range for some": {"metric": "augmented_hessian", "unclipped_qk": 0.1},
     "relevance, gptaq": {"metric": "relevance", "correction": "gptaq"},
-    "block scores, codebook": {"metric": "embedding_delta", "codebook": "nf4"},
+    "own text, block scores, codebook": {
+        "sources": ("self",),
+        "metric": "embedding_delta",
+        "codebook": "nf4",
+    },
     "output error, guided": {"metric": "output_error", "guided": 2},
     "delta loss, rotated, weighted tokens, learned rounding, tuned scales": {
         "metric": "delta_loss",

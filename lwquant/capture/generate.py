@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lwquant.progress import Progress, silent
 
@@ -25,15 +25,18 @@ def sample_windows(
     seed: int,
     before: Tensor,
     progress: Progress = silent,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Windows (n_windows, seq_len) of tokens that the model draws one after another.
 
     Args:
         before: (m,) what every text begins with; it is not part of the windows. Where it is empty,
             the first token of a window is drawn uniformly.
+        device: where the model computes, the CPU by default; what is drawn is drawn on the CPU.
     """
     folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).eval()
+    model.to(device or torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     windows = []
@@ -51,7 +54,7 @@ def sample_windows(
 
 @torch.no_grad()
 def _continue(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokens: Tensor,
     seq_len: int,
     generator: torch.Generator,
@@ -70,8 +73,9 @@ def _continue(
             start * seq_len + tokens.shape[1],
             n_windows * seq_len,
         )
-        output = model(input_ids=last, use_cache=True, **{name: cache})
+        output = model(input_ids=last.to(model.device), use_cache=True, **{name: cache})
         cache = output[name]
-        last = torch.multinomial(output.logits[:, -1].softmax(-1), 1, generator=generator)
+        likely = output.logits[:, -1].softmax(-1).cpu()
+        last = torch.multinomial(likely, 1, generator=generator)
         tokens = torch.cat([tokens, last], dim=1)
     return tokens
