@@ -65,7 +65,7 @@ def _continue(
     # transformers calls it `cache` from 5.24 on, and `past_key_values` before.
     known = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in known else "past_key_values"
-    cache, last = None, tokens
+    keeps, cache, last = True, None, tokens
     while tokens.shape[1] < seq_len:
         progress(
             "sample",
@@ -73,8 +73,11 @@ def _continue(
             start * seq_len + tokens.shape[1],
             n_windows * seq_len,
         )
-        output = model(input_ids=last.to(model.device), use_cache=True, **{name: cache})
-        cache = output[name]
+        given = {name: cache, "use_cache": True} if keeps else {"use_cache": False}
+        read = last if keeps else tokens
+        output = model(input_ids=read.to(model.device), **given)
+        cache = output.get(name)
+        keeps = cache is not None  # RecurrentGemma hands none on: it reads everything again
         likely = output.logits[:, -1].softmax(-1).cpu()
         last = torch.multinomial(likely, 1, generator=generator)
         tokens = torch.cat([tokens, last], dim=1)
