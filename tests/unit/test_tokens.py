@@ -168,3 +168,19 @@ def test_a_model_too_large_to_write_its_own_text_is_refused_by_its_size(tiny_fol
         CalibrationError, match=r"needs the float model in memory, 0.\d GB, and 0.0"
     ):
         prepare_tokens(opened, Recipe(n_samples=4, seq_len=16))
+
+
+def test_a_model_that_hands_no_cache_on_writes_the_same(tiny_folder, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    nothing = torch.zeros(0, dtype=torch.long)
+    expected = sample_windows(tiny_folder, 3, 24, 1, nothing)
+    whole, read = LlamaForCausalLM.forward, []
+
+    def forward(self, input_ids, **_):
+        read.append(input_ids.shape[1])
+        return whole(self, input_ids=input_ids, use_cache=False)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    assert torch.equal(sample_windows(tiny_folder, 3, 24, 1, nothing), expected)
+    assert read == list(range(1, 24))
