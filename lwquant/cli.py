@@ -45,8 +45,8 @@ TokenImportance = Annotated[
 Calibration = Annotated[
     list[str] | None,
     typer.Option(
-        help="builtin, self, a text file, or datasets:NAME[,CONFIG]; given again, they share the "
-        "windows."
+        help="self (the default), builtin, a text file, or datasets:NAME[,CONFIG]; given again, "
+        "they share the windows."
     ),
 ]
 Effort = Annotated[str | None, typer.Option(help="fast, default or best; a recipe by its name.")]

@@ -25,18 +25,18 @@ def sample_windows(
     seed: int,
     before: Tensor,
     progress: Progress = silent,
-    device: torch.device | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Windows (n_windows, seq_len) of tokens that the model draws one after another.
 
     Args:
         before: (m,) what every text begins with; it is not part of the windows. Where it is empty,
             the first token of a window is drawn uniformly.
-        device: where the model computes, the CPU by default; what is drawn is drawn on the CPU.
+        device: where the model computes; what is drawn is drawn on the CPU.
     """
     folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).eval()
-    model.to(device or torch.device("cpu"))
+    model.to(device)
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     windows = []

@@ -347,13 +347,30 @@ def round_block_native(
     base: Tensor | None,
 ) -> Tensor:
     """As ops.rounding.round_block_torch; `targets` must be contiguous, it is written to."""
+
+    def run(*block: float, errors: int) -> None:
+        _kernels.round_block(*block, torch.get_num_threads(), errors)  # type: ignore[union-attr]
+
+    return run_on_addresses(run, targets, feedback, scales, zeros, max_code, base)
+
+
+def run_on_addresses(
+    run: Callable[..., None],
+    targets: Tensor,
+    feedback: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    max_code: int,
+    base: Tensor | None,
+) -> Tensor:
+    """The errors of a block of columns, by a kernel that gets csrc/column_block.h in numbers."""
     n_columns, n_rows = targets.shape
     if not targets.is_contiguous() or feedback.stride(1) != 1:
         raise ValueError("columns of the targets and rows of the feedback must be contiguous")
     scales, zeros = scales.contiguous(), zeros.contiguous()
     base = None if base is None else base.contiguous()
     errors = torch.empty_like(targets)
-    _kernels.round_block(  # type: ignore[union-attr]
+    run(
         targets.data_ptr(),
         n_columns,
         n_rows,
@@ -363,8 +380,7 @@ def round_block_native(
         scales.data_ptr(),
         zeros.data_ptr(),
         float(max_code),
-        torch.get_num_threads(),
-        errors.data_ptr(),
+        errors=errors.data_ptr(),
     )
     return errors
 

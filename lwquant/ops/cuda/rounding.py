@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from lwquant.ops.cuda import driver
 from lwquant.ops.cuda.cache import compiled
 from lwquant.ops.cuda.device import architecture, stream
 from lwquant.ops.cuda.nvrtc import RoundingKind
+from lwquant.ops.native import run_on_addresses
 
 if TYPE_CHECKING:
     from lwquant.ops._kernels import GpuRounding
@@ -41,27 +43,16 @@ def round_block(
     """
     device = targets.device
     kernel = _loaded(device.index)
-    if kernel is None or not targets.is_contiguous() or feedback.stride(1) != 1:
-        raise ValueError("targets on a GPU with its kernels, and rows of numbers side by side")
-    scales, zeros = scales.contiguous(), zeros.contiguous()
-    base = None if base is None else base.contiguous()
-    errors = torch.empty_like(targets)
-    n_columns, n_rows = targets.shape
-    with torch.cuda.device(device):
-        kernel.round_block(
-            targets.data_ptr(),
-            n_columns,
-            n_rows,
-            feedback.data_ptr(),
-            feedback.stride(0),
-            0 if base is None else base.data_ptr(),
-            scales.data_ptr(),
-            zeros.data_ptr(),
-            float(max_code),
-            errors.data_ptr(),
-            stream(device),
-        )
-    return errors
+    if kernel is None:
+        raise ValueError(f"there is no kernel for {device}")
+
+    launch: Callable[..., None] = kernel.round_block
+
+    def run(*block: float, errors: int) -> None:
+        with torch.cuda.device(device):
+            launch(*block, errors, stream(device))
+
+    return run_on_addresses(run, targets, feedback, scales, zeros, max_code, base)
 
 
 @functools.cache
