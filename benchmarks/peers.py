@@ -96,6 +96,10 @@ ROWS |= {
     for imatrix in (False, True)
 }
 ROWS |= {f"lwquant/preset-{bpw}": {"bpw": bpw} for bpw in (2.8, 3.3, 3.8, 4.3)}
+# Without a text, as `lwquant quantize MODEL --bpw ..` runs: the model writes its calibration.
+ROWS |= {
+    f"lwquant/own-text-{bpw}": {"bpw": bpw, "sources": ["self"]} for bpw in (2.8, 3.3, 3.8, 4.3)
+}
 ROWS |= {f"lwquant/gptq-{bits}b": {"uniform_bits": bits} for bits in (2, 3, 4)}
 
 # Why a row, or all rows of a peer, cannot be had: (model, prefix of the row) -> reason.
@@ -292,7 +296,8 @@ def run(name: str, model: Model, model_name: str, judge: Judge, arguments) -> Ro
     shown = f"{peer.script} {json.dumps(settings)}"
     if name.startswith("lwquant/"):
         sources = [str(path) for path in model.calibration]
-        settings = {**settings, "sources": sources, "held_out": HELD_OUT, "commit": commit()}
+        own = {"sources": sources, "held_out": HELD_OUT, "commit": commit()}
+        settings = own | settings
     command = [str(python), str(HERE / "peer_runs" / peer.script), "--model", str(model.folder)]
     command += ["--tokens", str(judge.tokens), "--output", str(output)]
     command += ["--settings", json.dumps(settings)]

@@ -1,12 +1,13 @@
 """lwquant itself, through its public API: the default preset at a budget, or uniform GPTQ.
 
 Settings: sources (paths of the calibration texts), held_out, and bpw, or uniform_bits and
-group_size. The weights are those of the saved folder, unpacked. The presets of one commit measure
-their costs once, and each row's seconds include those of that measurement.
+group_size. The weights are those of the saved folder, unpacked. The presets of one commit and one
+calibration measure their costs once, and each row's seconds include those of that measurement.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,9 @@ def main() -> None:
 
 
 def costs_of(job: Job, settings: dict[str, Any]) -> tuple[Path, float]:
-    """The sensitivity report of this commit, and the seconds that it took."""
-    path = job.output.parent / f"lwquant-costs-{job.settings['commit']}.json"
+    """The sensitivity report of this commit and these texts, and the seconds that it took."""
+    texts = hashlib.sha256(repr(settings["sources"]).encode()).hexdigest()[:8]
+    path = job.output.parent / f"lwquant-costs-{job.settings['commit']}-{texts}.json"
     took = path.with_suffix(".seconds")
     if not took.exists():
         start = job.seconds()
