@@ -209,15 +209,21 @@ class TiledLinear:
         NaN and infinity stay in their tokens. See csrc/linear_amx_bf16.cpp, test_ops_bf16.py.
         """
         y = x.new_empty((*x.shape[:-1], self.out_features))
-        done = self._checked.run(
+        return y if self.fill(y, x, x.numel() // self.in_features, bias, activation_bits) else None
+
+    def fill(
+        self, y: Tensor, x: Tensor, n_tokens: int, bias: Tensor | None, activation_bits: int
+    ) -> bool:
+        """Write into y what a call returns; False where that is None."""
+        done: bool = self._checked.run(
             x.data_ptr(),
-            x.numel() // self.in_features,
+            n_tokens,
             0 if bias is None else bias.data_ptr(),
             activation_bits,
             torch.get_num_threads(),
             y.data_ptr(),
         )
-        return y if done else None
+        return done
 
     def dequantize_rows(self, row: int, out: Tensor) -> None:
         """Rows [row, row + len(out)) of the weight into `out`; `row` is the first of a tile."""
