@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -154,8 +155,9 @@ class TiledLinear {
             {outlier_values, outlier_columns, wide_columns, outlier_rows, n_outliers},
             out_features, in_features)) {}
 
+  // x and y are float32, or bf16; the bias is float32.
   bool run(Address x, int64_t n_tokens, Address bias, int64_t activation_bits, int64_t n_threads,
-           Address y) const {
+           Address y, bool in_bf16) const {
     require(n_tokens >= 0 && n_threads >= 1, "negative tokens or no threads");
     // The words of a message are put together only where it is wanted: this is the short path.
     if (activation_bits != 8 && activation_bits != 16) {
@@ -164,9 +166,18 @@ class TiledLinear {
     }
     if (n_tokens == 0) return true;
     require(x && y, "no address for x or y");
-    return linear(tiles_, outliers_, pointer<const float>(bias), pointer<const float>(x), n_tokens,
-                  static_cast<int>(activation_bits), static_cast<int>(n_threads),
-                  pointer<float>(y));
+    const auto multiply = [&](const float* inputs, float* outputs) {
+      return linear(tiles_, outliers_, pointer<const float>(bias), inputs, n_tokens,
+                    static_cast<int>(activation_bits), static_cast<int>(n_threads), outputs);
+    };
+    if (!in_bf16) return multiply(pointer<const float>(x), pointer<float>(y));
+    const int64_t n_inputs = n_tokens * tiles_.is.in_features;
+    const int64_t n_outputs = n_tokens * tiles_.is.out_features;
+    const std::unique_ptr<float[]> wide(new float[static_cast<size_t>(n_inputs + n_outputs)]);
+    widen_bf16(pointer<const uint16_t>(x), n_inputs, wide.get());
+    if (!multiply(wide.get(), wide.get() + n_inputs)) return false;
+    narrow_to_bf16(wide.get() + n_inputs, n_outputs, pointer<uint16_t>(y));
+    return true;
   }
 
   void dequantize(int64_t row, int64_t n_rows, int64_t n_threads, Address out) const {

@@ -24,6 +24,23 @@ float half_to_float(uint16_t half) {
   return value;
 }
 
+void widen_bf16(const uint16_t* from, int64_t n, float* to) {
+  for (int64_t k = 0; k < n; ++k) {
+    const uint32_t bits = static_cast<uint32_t>(from[k]) << 16;
+    memcpy(to + k, &bits, sizeof bits);
+  }
+}
+
+void narrow_to_bf16(const float* from, int64_t n, uint16_t* to) {
+  for (int64_t k = 0; k < n; ++k) {
+    uint32_t bits;
+    memcpy(&bits, from + k, sizeof bits);
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    to[k] = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
+  }
+}
+
 float scale_at(const Weight& w, int64_t row, int64_t group) {
   if (w.scales) return half_to_float(w.scales[row * w.n_groups + group]);
   const uint8_t* bytes = w.scale_bytes + row * (1 + w.n_groups);

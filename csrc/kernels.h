@@ -130,6 +130,8 @@ uint8_t code_at(int bits, const int32_t* words, int64_t index);
 
 // floats.cpp: the plain meaning, for any group size
 float half_to_float(uint16_t half);
+void widen_bf16(const uint16_t* from, int64_t n, float* to);
+void narrow_to_bf16(const float* from, int64_t n, uint16_t* to);  // to the nearest, ties to even
 float scale_at(const Weight&, int64_t row, int64_t group);
 float zero_at(const Weight&, int64_t row, int64_t group);
 // One row as float32: (code - zero) * scale + outlier. `codes` has room for in_features bytes.

@@ -214,7 +214,10 @@ class TiledLinear:
     def fill(
         self, y: Tensor, x: Tensor, n_tokens: int, bias: Tensor | None, activation_bits: int
     ) -> bool:
-        """Write into y what a call returns; False where that is None."""
+        """Write into y what a call returns; False where that is None.
+
+        Both contiguous, and both float32 or bf16: what a call makes of x as float32, rounded.
+        """
         done: bool = self._checked.run(
             x.data_ptr(),
             n_tokens,
@@ -222,6 +225,7 @@ class TiledLinear:
             activation_bits,
             torch.get_num_threads(),
             y.data_ptr(),
+            y.dtype is torch.bfloat16,
         )
         return done
 

@@ -22,6 +22,8 @@ from lwquant.ops.native import OutlierTensors
 from lwquant.ops.schema import LIBRARY, check_input, check_outliers, pack
 from lwquant.scheme import QuantScheme, row_words
 
+MOST_BF16_TOKENS = 16  # that the kernel converts itself
+
 _OUTLIERS = "Tensor? outlier_values=None, Tensor? outlier_columns=None, Tensor? outlier_rows=None"
 LIBRARY.define(
     f"linear_tiled(Tensor x, Tensor tiles, Tensor? bias, int out_features, {_OUTLIERS}, "
@@ -151,8 +153,19 @@ class _Seen(NamedTuple):
     """Inputs that a layer took: what all of its checks and its result depend on."""
 
     shape: torch.Size
+    dtype: torch.dtype  # of the result, too
     n_tokens: int
     like: Tensor  # of the result's shape, without its memory
+
+
+def _is_kept(x: Tensor, n_tokens: int) -> bool:
+    """Whether the kernel alone may serve more of such inputs.
+
+    It reads no float16, and torch converts many tokens faster than it does.
+    """
+    if not n_tokens or native.panels_are_faster(n_tokens):
+        return False
+    return x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and n_tokens <= MOST_BF16_TOKENS)
 
 
 class TiledLinear:
@@ -160,8 +173,8 @@ class TiledLinear:
 
     The dispatcher, the autograd wrapper of an operator written in Python and the checks of every
     tensor take longer than the product with a small layer. So what was found out about a shape is
-    kept until another comes, and results are made like a tensor that is there: with a shape in
-    numbers that takes twice as long, a microsecond more.
+    kept until another comes, a few tokens in bf16 are converted within the call, and results are
+    made like a tensor that is there: with a shape in numbers that takes a microsecond more.
     """
 
     def __init__(
@@ -182,7 +195,7 @@ class TiledLinear:
             and kernel is not None
             and type(x) is Tensor
             and x.shape == seen.shape
-            and x.dtype is torch.float32
+            and x.dtype is seen.dtype
             and x.is_cpu
             and x.is_contiguous()
             and (bias is None or _is_float32(bias, kernel.out_features))
@@ -206,9 +219,9 @@ class TiledLinear:
             return dispatched
         check_input(x, bias, kernel.out_features)
         n_tokens = x.numel() // kernel.in_features
-        if n_tokens and not native.panels_are_faster(n_tokens):
-            like = torch.empty(1).expand(*x.shape[:-1], kernel.out_features)
-            self._seen = _Seen(x.shape, n_tokens, like)
+        if _is_kept(x, n_tokens):
+            like = torch.empty(1, dtype=x.dtype).expand(*x.shape[:-1], kernel.out_features)
+            self._seen = _Seen(x.shape, x.dtype, n_tokens, like)
         return _run(kernel, x, bias, activation_bits)
 
 

@@ -9,7 +9,7 @@ from test_quantized_linear import random_weight
 from lwquant import ops
 from lwquant.errors import LwquantError
 from lwquant.nn.linear import QuantizedLinear
-from lwquant.ops import native
+from lwquant.ops import native, tiles
 from lwquant.scheme import QuantScheme
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="without kernels there are no tiles")
@@ -58,6 +58,35 @@ def test_the_second_call_gives_the_same_to_the_bit(short, shape, bias):
     assert second.data_ptr() != first.data_ptr()
     expected = not native.panels_are_faster(x.numel() // INPUTS)
     assert short == [second.shape] * expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 1e-38, 1e37])
+def test_a_few_tokens_in_bf16_give_what_float32_gives_rounded(short, scale):
+    x = (scale * torch.randn(tiles.MOST_BF16_TOKENS, INPUTS)).bfloat16()
+    layer = fresh(bias=False)
+    first, second = layer(x), layer(x)
+    wanted = fresh(bias=False)(x.float()).bfloat16()
+    assert first.dtype == second.dtype == torch.bfloat16
+    for found in (first, second):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert short == [second.shape] * (not native.panels_are_faster(len(x)))
+    more = x.repeat(2, 1)
+    assert torch.equal(layer(more), layer(more))
+    assert len(short) <= 1
+
+
+@torch.no_grad()
+def test_bf16_results_are_rounded_to_the_nearest_with_ties_to_even():
+    # Of inputs of 0 the bias is left: quarters of bf16's last place from 1 on, and NaN of all bits.
+    bias = 1 + torch.arange(OUTPUTS) * 2**-9
+    bias[3] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    layer = fresh()
+    layer.bias.data = bias
+    x = torch.zeros(1, INPUTS).bfloat16()
+    for _ in range(2):
+        found, wanted = layer(x), bias.bfloat16()[None]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()
