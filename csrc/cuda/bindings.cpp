@@ -35,12 +35,13 @@ const gpu::Driver& required_driver() {
   return *driver;
 }
 
-// Machine code for one kind of layer, loaded into the GPU that is current.
+// Machine code for one kind of layer, loaded into one GPU.
 struct GpuKernels {
   gpu::Module module;
-  GpuKernels(const nb::bytes& code, int bits, int activation_bits, int span_blocks) {
-    require_done(gpu::load_module(required_driver(), code.data(), bits, activation_bits,
-                                  span_blocks, &module));
+  GpuKernels(const nb::bytes& code, int device_index, int bits, int activation_bits,
+             int span_blocks) {
+    require_done(gpu::load_module(required_driver(), device_index, code.data(), bits,
+                                  activation_bits, span_blocks, &module));
   }
 };
 
@@ -108,11 +109,11 @@ class GpuLayer {
   const uint8_t* address_;
 };
 
-// Machine code of csrc/cuda/rounding.cu, loaded into the GPU that is current.
+// Machine code of csrc/cuda/rounding.cu, loaded into one GPU.
 class GpuRounding {
  public:
-  explicit GpuRounding(const nb::bytes& code) {
-    require_done(gpu::load_rounding(required_driver(), code.data(), &module_));
+  GpuRounding(const nb::bytes& code, int device_index) {
+    require_done(gpu::load_rounding(required_driver(), device_index, code.data(), &module_));
   }
 
   void round_block(Address targets, int64_t n_columns, int64_t n_rows, Address feedback,
@@ -137,7 +138,7 @@ class GpuRounding {
 
 void bind_gpu(nb::module_& m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
-  nb::class_<GpuKernels>(m, "GpuKernels").def(nb::init<const nb::bytes&, int, int, int>());
+  nb::class_<GpuKernels>(m, "GpuKernels").def(nb::init<const nb::bytes&, int, int, int, int>());
   nb::class_<GpuLayer>(m, "GpuLayer")
       .def(nb::init<const nb::bytes&, Address, int64_t, int64_t, int64_t>())
       .def_prop_ro("bits", &GpuLayer::bits)
@@ -146,7 +147,7 @@ void bind_gpu(nb::module_& m) {
       .def("multiply", &GpuLayer::multiply, Unlocked())
       .def("dequantize", &GpuLayer::dequantize, Unlocked());
   nb::class_<GpuRounding>(m, "GpuRounding")
-      .def(nb::init<const nb::bytes&>())
+      .def(nb::init<const nb::bytes&, int>())
       .def("round_block", &GpuRounding::round_block, Unlocked());
   m.attr("GPU_TOKENS") = gpu::kManyTokens;
 }

@@ -11,8 +11,9 @@ namespace gpu {
 template <int BITS, int SPAN>
 INLINE void dequantize(const Dequantizing& d) {
   constexpr int kInputs = 2 * kBlockInputs;
-  // A word more than a row holds, so that 16 lanes with a row each meet no bank twice.
-  SHARED float rows[kDequantizeWarps][kTileOutputs][kInputs + 1];
+  // By half of the warp, and a word more than a row holds: 32 lanes with a row each meet no bank
+  // twice, as they are row + 16 * half apart.
+  SHARED float rows[kDequantizeWarps][2][kTileOutputs][kBlockInputs + 1];
   const DeviceTiles& w = d.w;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int row = lane % kTileOutputs, half = lane / kTileOutputs;
@@ -26,7 +27,7 @@ INLINE void dequantize(const Dequantizing& d) {
   for (int v = 0; v < kBlockVectors; ++v) {
     for (int i = 0; i < kQuad; ++i) {
       const float code = static_cast<float>(codes[v] >> (8 * i) & 255);
-      rows[warp][row][half * kBlockInputs + v * kQuad + i] = product(difference(code, zero), scale);
+      rows[warp][half][row][v * kQuad + i] = product(difference(code, zero), scale);
     }
   }
   barrier();
@@ -36,7 +37,7 @@ INLINE void dequantize(const Dequantizing& d) {
       const int input = pair * kInputs + i;
       if (out >= d.n_rows || input >= w.in_features) continue;
       store_float(d.out, static_cast<int64_t>(out) * w.in_features + input, d.out_type,
-                  rows[warp][r][i]);
+                  rows[warp][i / kBlockInputs][r][i % kBlockInputs]);
     }
   }
 }

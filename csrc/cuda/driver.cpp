@@ -23,7 +23,11 @@ bool find_all() {
   return library && find(library, "cuModuleLoadData", &found.load_module) &&
          find(library, "cuModuleGetFunction", &found.find_function) &&
          find(library, "cuLaunchKernel", &found.launch) &&
-         find(library, "cuGetErrorString", &found.error_text);
+         find(library, "cuGetErrorString", &found.error_text) &&
+         find(library, "cuDeviceGet", &found.find_device) &&
+         find(library, "cuDevicePrimaryCtxRetain", &found.retain_context) &&
+         find(library, "cuCtxGetCurrent", &found.get_context) &&
+         find(library, "cuCtxSetCurrent", &found.set_context);
 }
 #else
 bool find_all() { return false; }

@@ -42,26 +42,62 @@ DeviceTiles device_tiles(const Tiles& t, const uint8_t* tiles) {
 // Null, or what the driver says of an error.
 const char* text_of(const Driver& driver, int error, const char* otherwise) {
   if (!error) return nullptr;
-  const char* text = otherwise;
+  const char* text = nullptr;  // and stays so for errors that this driver does not know
   driver.error_text(error, &text);
-  return text;
+  return text ? text : otherwise;
+}
+
+// Makes a GPU's context current for a while. On a thread that has done nothing else yet there is
+// none, and what torch calls its current device need not be the one of the tensors.
+class InContext {
+ public:
+  explicit InContext(const Place& place) : driver_(*place.driver) {
+    error_ = driver_.get_context(&before_);
+    if (error_ || before_ == place.context) return;
+    error_ = driver_.set_context(place.context);
+    changed_ = !error_;
+  }
+  ~InContext() {
+    if (changed_) driver_.set_context(before_);
+  }
+  InContext(const InContext&) = delete;
+  InContext& operator=(const InContext&) = delete;
+
+  int error() const { return error_; }
+
+ private:
+  const Driver& driver_;
+  void* before_ = nullptr;
+  bool changed_ = false;
+  int error_;
+};
+
+int find_place(const Driver& driver, int device_index, Place* out) {
+  *out = {&driver, nullptr};
+  int device = 0;
+  const int error = driver.find_device(&device, device_index);
+  return error ? error : driver.retain_context(&out->context, device);
 }
 
 template <typename Arguments>
-const char* launch(const Driver& driver, void* function, Grid grid, int n_threads, void* stream,
+const char* launch(const Place& place, void* function, Grid grid, int n_threads, void* stream,
                    Arguments arguments) {
+  const Driver& driver = *place.driver;
+  const InContext here(place);
+  int error = here.error();
   void* list[] = {&arguments};
-  const int error =
-      driver.launch(function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-                    static_cast<unsigned>(grid.z), static_cast<unsigned>(n_threads), 1, 1, 0,
-                    stream, list, nullptr);
+  if (!error) {
+    error = driver.launch(function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                          static_cast<unsigned>(grid.z), static_cast<unsigned>(n_threads), 1, 1, 0,
+                          stream, list, nullptr);
+  }
   return text_of(driver, error, "the driver refused a launch");
 }
 
 template <typename Arguments>
 const char* launch(const Module& module, Kernel kernel, Grid grid, int n_threads, void* stream,
                    Arguments arguments) {
-  return launch(*module.driver, module.functions[kernel], grid, n_threads, stream, arguments);
+  return launch(module.place, module.functions[kernel], grid, n_threads, stream, arguments);
 }
 
 Kernel kernel_for(const Plan& plan) {
@@ -72,11 +108,15 @@ Kernel kernel_for(const Plan& plan) {
 
 }  // namespace
 
-const char* load_module(const Driver& driver, const void* image, int bits, int activation_bits,
-                        int span_blocks, Module* out) {
-  *out = {&driver, bits, activation_bits, span_blocks, {}};
+const char* load_module(const Driver& driver, int device_index, const void* image, int bits,
+                        int activation_bits, int span_blocks, Module* out) {
+  *out = {{}, bits, activation_bits, span_blocks, {}};
+  int error = find_place(driver, device_index, &out->place);
+  if (error) return text_of(driver, error, kRefused);
+  const InContext here(out->place);
   void* module = nullptr;
-  int error = driver.load_module(&module, image);
+  error = here.error();
+  if (!error) error = driver.load_module(&module, image);
   for (int k = 0; k < kKernels && !error; ++k) {
     error = driver.find_function(&out->functions[k], module, kKernelNames[k]);
   }
@@ -168,16 +208,21 @@ const char* dequantize(const Module& module, const Tiles& t, const uint8_t* tile
                 kDequantizeWarps * kWarp, stream, d);
 }
 
-const char* load_rounding(const Driver& driver, const void* image, RoundingModule* out) {
-  *out = {&driver, nullptr};
+const char* load_rounding(const Driver& driver, int device_index, const void* image,
+                          RoundingModule* out) {
+  *out = {};
+  int error = find_place(driver, device_index, &out->place);
+  if (error) return text_of(driver, error, kRefused);
+  const InContext here(out->place);
   void* module = nullptr;
-  int error = driver.load_module(&module, image);
+  error = here.error();
+  if (!error) error = driver.load_module(&module, image);
   if (!error) error = driver.find_function(&out->round_block, module, "round_block");
   return text_of(driver, error, kRefused);
 }
 
 const char* round_block(const RoundingModule& module, const ColumnBlock& block, void* stream) {
-  return launch(*module.driver, module.round_block, {divided_up(block.n_rows, kWarp), 1, 1},
+  return launch(module.place, module.round_block, {divided_up(block.n_rows, kWarp), 1, 1},
                 kRoundingWarps * kWarp, stream, block);
 }
 

@@ -20,6 +20,10 @@ struct Driver {
                 unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                 void* stream, void** arguments, void** extra);
   int (*error_text)(int error, const char** text);  // cuGetErrorString
+  int (*find_device)(int* device, int index);         // cuDeviceGet
+  int (*retain_context)(void** context, int device);  // cuDevicePrimaryCtxRetain
+  int (*get_context)(void** context);                 // cuCtxGetCurrent
+  int (*set_context)(void* context);                  // cuCtxSetCurrent
 };
 
 const Driver* system_driver();  // null where there is none
@@ -39,16 +43,22 @@ constexpr const char* kKernelNames[kKernels] = {
     "quantize_few",     "quantize_many",    "multiply_few_1", "multiply_many_8",
     "multiply_many_16", "multiply_many_32", "add_parts",      "dequantize"};
 
+// Where code is loaded: the driver, and the context of one GPU that torch uses, too.
+struct Place {
+  const Driver* driver;
+  void* context;
+};
+
 // Machine code of csrc/cuda/kernels.cu for one kind of layer, loaded.
 struct Module {
-  const Driver* driver;
+  Place place;
   int bits, activation_bits, span_blocks;
   void* functions[kKernels];
 };
 
 // Null, or what went wrong.
-const char* load_module(const Driver&, const void* image, int bits, int activation_bits,
-                        int span_blocks, Module* out);
+const char* load_module(const Driver&, int device_index, const void* image, int bits,
+                        int activation_bits, int span_blocks, Module* out);
 
 // How up to kManyTokens tokens are multiplied. Follows from the layer, the number of tokens and the
 // number of multiprocessors, and says how much workspace is needed, for run() to use as it likes.
@@ -89,11 +99,11 @@ const char* dequantize(const Module&, const Tiles&, const uint8_t* tiles, int64_
 
 // Machine code of csrc/cuda/rounding.cu, loaded.
 struct RoundingModule {
-  const Driver* driver;
+  Place place;
   void* round_block;
 };
 
-const char* load_rounding(const Driver&, const void* image, RoundingModule* out);
+const char* load_rounding(const Driver&, int device_index, const void* image, RoundingModule* out);
 
 // Addresses are the GPU's; 1 .. kRoundingColumns columns.
 const char* round_block(const RoundingModule&, const ColumnBlock&, void* stream);

@@ -208,8 +208,14 @@ void check(const Case& c, int span, int64_t number, Random& random) {
   gpu.n_multiprocessors = machines[number % 3];
   const void* image = emulated_modules::module_for(c.bits, planes, span);
   if (!image) fail(c, "no kernels were compiled");
-  if (const char* error = load_module(emulated_modules::driver(), image, c.bits, 8 * planes, span,
-                                      &gpu.module)) {
+  // The context of no GPU is current, or that of the other one.
+  const Driver& driver = emulated_modules::driver();
+  const int device = static_cast<int>(number % 2);
+  void *before = nullptr, *after = nullptr;
+  if (number % 3) driver.retain_context(&before, 1 - device);
+  driver.set_context(before);
+  if (const char* error =
+          load_module(driver, device, image, c.bits, 8 * planes, span, &gpu.module)) {
     fail(c, error);
   }
   // One of those that each kernel takes; the others in other cases.
@@ -222,6 +228,8 @@ void check(const Case& c, int span, int64_t number, Random& random) {
   check_with(small && number % 2 ? most[random.below(3)] : many[random.below(5)]);
   if (small) check_not_finite(l, own, gpu, 1 + random.below(4), random);
   for (const Float type : {kFloat32, kFloat16, kBfloat16}) check_weight(l, own, gpu, type, random);
+  driver.get_context(&after);
+  if (after != before) fail(c, "another context is left behind");
 }
 
 }  // namespace

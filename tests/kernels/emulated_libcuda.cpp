@@ -16,6 +16,7 @@ int cuModuleLoadData(void** module, const void* image) {
   int bits, planes, span;
   if (sscanf(static_cast<const char*>(image), "%d %d %d", &bits, &planes, &span) != 3) return 200;
   const void* found = emulated_modules::module_for(bits, planes, span);
+  if (bits == 9) return 987;  // an error that the driver has no words for
   return found ? emulated_modules::driver().load_module(module, found) : 209;
 }
 
@@ -33,4 +34,16 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
 int cuGetErrorString(int error, const char** text) {
   return emulated_modules::driver().error_text(error, text);
 }
+
+int cuDeviceGet(int* device, int index) {
+  return emulated_modules::driver().find_device(device, index);
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  return emulated_modules::driver().retain_context(context, device);
+}
+
+int cuCtxGetCurrent(void** context) { return emulated_modules::driver().get_context(context); }
+
+int cuCtxSetCurrent(void* context) { return emulated_modules::driver().set_context(context); }
 }

@@ -2,12 +2,33 @@
 
 #include "emulated_cuda.h"
 
+#include <deque>
+
 #include "cuda/rounding.cu"
 
 namespace lwquant {
 namespace emulated_modules {
 
 namespace {
+
+constexpr int kInvalidContext = 201;  // CUDA_ERROR_INVALID_CONTEXT
+
+// Two GPUs; a thread begins without a context, as it does in CUDA.
+char contexts[2];
+thread_local void* current = nullptr;
+
+// Handles belong to the context in which they were made.
+struct LoadedModule {
+  const Module* module;
+  void* context;
+};
+struct LoadedFunction {
+  const Function* function;
+  void* context;
+};
+
+std::deque<LoadedModule> modules;
+std::deque<LoadedFunction> functions;
 
 constexpr Module kRounding = {0, 0, 0, {{"round_block", run<ColumnBlock, ::round_block>}}};
 
@@ -17,14 +38,18 @@ std::vector<const Module*>& all_modules() {
 }
 
 int load_module(void** module, const void* image) {
-  *module = const_cast<void*>(image);
+  if (!current) return kInvalidContext;
+  modules.push_back({static_cast<const Module*>(image), current});
+  *module = &modules.back();
   return 0;
 }
 
 int find_function(void** function, void* module, const char* name) {
-  for (const Function& known : static_cast<const Module*>(module)->functions) {
+  const LoadedModule& loaded = *static_cast<const LoadedModule*>(module);
+  for (const Function& known : loaded.module->functions) {
     if (!known.name || strcmp(known.name, name) != 0) continue;
-    *function = const_cast<Function*>(&known);
+    functions.push_back({&known, loaded.context});
+    *function = &functions.back();
     return 0;
   }
   return 500;  // CUDA_ERROR_NOT_FOUND
@@ -36,8 +61,9 @@ int launch(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, un
   if (block_y != 1 || block_z != 1 || shared_bytes) return 1;  // CUDA_ERROR_INVALID_VALUE
   const int grid[] = {static_cast<int>(grid_x), static_cast<int>(grid_y),
                       static_cast<int>(grid_z)};
-  const Function& kernel = *static_cast<const Function*>(function);
-  gpu::emulated::launch(grid, static_cast<int>(block_x), [&] { kernel.run(arguments); });
+  const LoadedFunction& kernel = *static_cast<const LoadedFunction*>(function);
+  if (kernel.context != current) return kInvalidContext;
+  gpu::emulated::launch(grid, static_cast<int>(block_x), [&] { kernel.function->run(arguments); });
   return 0;
 }
 
@@ -45,14 +71,38 @@ int error_text(int error, const char** text) {
   *text = error == 200   ? "device kernel image is invalid"
           : error == 209 ? "no kernel image is available for execution on the device"
           : error == 500 ? "named symbol not found"
-                         : "invalid argument";
+          : error == 201 ? "invalid device context"
+          : error == 101 ? "invalid device ordinal"
+          : error == 1   ? "invalid argument"
+                         : nullptr;  // as CUDA does with what it does not know
+  return *text ? 0 : 1;
+}
+
+int find_device(int* device, int index) {
+  *device = index;
+  return index >= 0 && index < 2 ? 0 : 101;  // CUDA_ERROR_INVALID_DEVICE
+}
+
+int retain_context(void** context, int device) {
+  *context = &contexts[device];
+  return 0;
+}
+
+int get_context(void** context) {
+  *context = current;
+  return 0;
+}
+
+int set_context(void* context) {
+  current = context;
   return 0;
 }
 
 }  // namespace
 
 const gpu::Driver& driver() {
-  static const gpu::Driver own = {load_module, find_function, launch, error_text};
+  static const gpu::Driver own = {load_module,    find_function,  launch,      error_text,
+                                  find_device,    retain_context, get_context, set_context};
   return own;
 }
 

@@ -35,7 +35,7 @@ inline void check_rounding(const RoundingCase& c, Random& random) {
   }
   for (int64_t k = 0; k < feedback.size(); ++k) feedback[k] = 0.2f * random.symmetric();
   gpu::RoundingModule module;
-  if (const char* error = gpu::load_rounding(emulated_modules::driver(),
+  if (const char* error = gpu::load_rounding(emulated_modules::driver(), 1,
                                              emulated_modules::rounding_module(), &module)) {
     fail(c, error);
   }

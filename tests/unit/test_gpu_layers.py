@@ -18,6 +18,7 @@ from lwquant.errors import LwquantError
 from lwquant.ops.cuda import nvrtc, tiled
 
 SCRIPT = """
+import concurrent.futures
 import sys
 from unittest import mock
 
@@ -25,7 +26,7 @@ sys.path += sys.argv[1:]
 from test_ops_linear import random_inputs, random_layer
 import torch
 from lwquant.ops import rounding as loops
-from lwquant.ops.cuda import rounding, tiled
+from lwquant.ops.cuda import driver, rounding, tiled
 
 
 # With 3 bits the driver has 8-bit activations in groups of 64, 16-bit ones in the others, see
@@ -38,9 +39,14 @@ def code(kind, architecture):
 
 
 fake = mock.patch.multiple(
-    tiled, compiled=code, architecture=str, stream=lambda _: 0, multiprocessors=lambda _: 3
+    tiled,
+    compiled=code,
+    architecture=str,
+    index=lambda _: 1,
+    stream=lambda _: 0,
+    multiprocessors=lambda _: 3,
 )
-with fake, mock.patch("torch.cuda.device"):
+with fake:
     for group_size, activation_bits in ((32, 16), (64, 8), (128, 16), (1000, 16)):
         layer = random_layer(40, 1000, 3, group_size, bias=True, fine=group_size == 64)
         weight = tiled.dequantize(layer.tiles, 40, 1000)
@@ -77,10 +83,32 @@ with fake, mock.patch("torch.cuda.device"):
         raise SystemExit("kernels that are not there")
     except RuntimeError as error:
         assert "CUDA: no kernel image" in str(error)
+    for image, device, words in ((b"9 1 1\\0", 0, "refused the kernels"), (b"", 2, "ordinal")):
+        try:
+            driver.kernels(image, device, 3, 16, 1)
+            raise SystemExit("an error was taken for success")
+        except RuntimeError as error:
+            assert words in str(error)
+    x = random_inputs(65, 1000)
+    apart = tiled.linear(x, layer.tiles, None, 40, 16)
+    with torch.autocast("cpu"):
+        assert torch.equal(tiled.linear(x, layer.tiles, None, 40, 16), apart)
+    other = random_layer(40, 1000, 3, 1000)
+    layer.tiles.data = other.tiles
+    same = tiled.dequantize(other.tiles, 40, 1000)
+    assert torch.equal(tiled.dequantize(layer.tiles, 40, 1000), same)
+    # A thread of its own begins without a context.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        there = pool.submit(tiled.linear, x, layer.tiles, None, 40, 16).result()
+    assert torch.equal(there, tiled.linear(x, layer.tiles, None, 40, 16))
 on_gpu = mock.patch.multiple(
-    rounding, compiled=lambda *_: b"rounding\\0", architecture=str, stream=lambda _: 0
+    rounding,
+    compiled=lambda *_: b"rounding\\0",
+    architecture=str,
+    index=lambda _: 0,
+    stream=lambda _: 0,
 )
-with on_gpu, mock.patch("torch.cuda.device"):
+with on_gpu:
     for n_rows, n_columns, base in ((33, 300, False), (64, 128, True)):
         shape = n_columns, n_rows
         targets, scales = torch.randn(shape), torch.rand(shape) / 4 + 0.1
@@ -114,9 +142,9 @@ def test_without_a_driver_kernels_are_refused_with_what_is_missing():
     from lwquant.ops.cuda import driver
 
     with pytest.raises(ValueError, match=r"no NVIDIA driver: libcuda.so.1"):
-        driver.kernels(b"", 4, 16, 4)
+        driver.kernels(b"", 0, 4, 16, 4)
     with pytest.raises(ValueError, match=r"no NVIDIA driver: libcuda.so.1"):
-        driver.rounding(b"")
+        driver.rounding(b"", 0)
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch):
@@ -152,17 +180,24 @@ def test_a_compiled_kind_is_read_from_the_cache_until_sources_change(monkeypatch
 
     def compile_once(kind, architecture):
         calls.append((kind, architecture))
-        return nvrtc.CompiledKernels(b"code", "")
+        return nvrtc.CompiledKernels(cache.ELF + b"code", "")
 
     monkeypatch.setattr(cache, "compile_kernels", compile_once)
     kind = nvrtc.KernelKind(4, 16, 4)
-    assert cache.compiled(kind, "sm_90") == cache.compiled(kind, "sm_90") == b"code"
+    assert cache.compiled(kind, "sm_90") == cache.compiled(kind, "sm_90") == cache.ELF + b"code"
     assert len(calls) == 1
+    for file in cache.folder().iterdir():
+        file.write_bytes(b"")  # a machine that went down while it wrote
+    assert cache.compiled(kind, "sm_90") == cache.compiled(kind, "sm_90") == cache.ELF + b"code"
+    assert len(calls) == 2
     cache.compiled(kind, "sm_80")
     cache.compiled(nvrtc.KernelKind(3, 16, 4), "sm_90")
     monkeypatch.setattr(cache, "version", lambda: "13.1")
     cache.compiled(kind, "sm_90")
-    assert len(calls) == 4
+    assert len(calls) == 5
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # cannot be written to
-    assert cache.compiled(kind, "sm_90") == b"code"
+    assert cache.compiled(kind, "sm_90") == cache.ELF + b"code"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nobody's home is known
+    assert cache.compiled(kind, "sm_90") == cache.ELF + b"code"

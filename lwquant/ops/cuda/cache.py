@@ -9,20 +9,29 @@ from pathlib import Path
 
 from lwquant.ops.cuda.nvrtc import SOURCES, Kind, compile_kernels, options, version
 
+ELF = b"\x7fELF"  # what machine code begins with
+SOURCE_SUFFIXES = (".cu", ".cuh", ".h", ".inc")
 
-def folder() -> Path:
-    """Where they are: lwquant/cuda in the user's cache folder."""
+
+def folder() -> Path | None:
+    """Where they are: lwquant/cuda in the user's cache folder. None: nobody knows of a home."""
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "lwquant" / "cuda"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "lwquant" / "cuda"
+    except RuntimeError:
+        return None
 
 
 def compiled(kind: Kind, architecture: str) -> bytes:
     """Machine code from the cache, or compiled now and put there."""
-    path = folder() / f"{kind.label}-{architecture}-{_fingerprint(kind, architecture)}.cubin"
-    if path.exists():
-        return path.read_bytes()
-    code = compile_kernels(kind, architecture).code
-    _write(path, code)
+    where = folder()
+    if where is None:
+        return compile_kernels(kind, architecture).code
+    path = where / f"{kind.label}-{architecture}-{_fingerprint(kind, architecture)}.cubin"
+    code = _read(path)
+    if code is None:
+        code = compile_kernels(kind, architecture).code
+        _write(path, code)
     return code
 
 
@@ -36,7 +45,13 @@ def _fingerprint(kind: Kind, architecture: str) -> str:
     return digest.hexdigest()[:16]
 
 
-SOURCE_SUFFIXES = (".cu", ".cuh", ".h", ".inc")
+def _read(path: Path) -> bytes | None:
+    """What is there, unless it is no machine code: the driver is not told where code ends."""
+    try:
+        code = path.read_bytes()
+    except OSError:
+        return None
+    return code if code[: len(ELF)] == ELF else None
 
 
 def _write(path: Path, code: bytes) -> None:

@@ -10,12 +10,20 @@ from lwquant.errors import LwquantError
 
 
 def architecture(device_index: int) -> str:
-    """Such as "sm_90". LwquantError where the kernels' instructions are missing."""
+    """What to compile for, such as "sm_80"; the one that tests compile where there are two.
+
+    LwquantError where the kernels' instructions are missing.
+    """
     major, minor = torch.cuda.get_device_capability(device_index)
     if major < 8:
         name = torch.cuda.get_device_name(device_index)
         raise LwquantError(f"{name} is sm_{major}{minor}; quantized layers need sm_80 or newer")
-    return f"sm_{major}{minor}"
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+
+def index(device: torch.device) -> int:
+    """Torch's number of a GPU, which is the driver's."""
+    return int(device.index)
 
 
 @functools.cache

@@ -24,11 +24,15 @@ def layer(header: bytes, tiles: Tensor, out_features: int, in_features: int) -> 
     )
 
 
-def kernels(code: bytes, bits: int, activation_bits: int, span_blocks: int) -> GpuKernels:
-    """Machine code of csrc/cuda/kernels.cu, loaded into the current GPU."""
-    return extension().GpuKernels(code, bits, activation_bits, span_blocks)  # type: ignore[no-any-return]
+def kernels(
+    code: bytes, device_index: int, bits: int, activation_bits: int, span_blocks: int
+) -> GpuKernels:
+    """Machine code of csrc/cuda/kernels.cu, loaded into a GPU."""
+    return extension().GpuKernels(  # type: ignore[no-any-return]
+        code, device_index, bits, activation_bits, span_blocks
+    )
 
 
-def rounding(code: bytes) -> GpuRounding:
-    """Machine code of csrc/cuda/rounding.cu, loaded into the current GPU."""
-    return extension().GpuRounding(code)  # type: ignore[no-any-return]
+def rounding(code: bytes, device_index: int) -> GpuRounding:
+    """Machine code of csrc/cuda/rounding.cu, loaded into a GPU."""
+    return extension().GpuRounding(code, device_index)  # type: ignore[no-any-return]

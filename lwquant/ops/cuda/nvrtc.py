@@ -14,6 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from lwquant.errors import LwquantError
 
 SOURCES = Path(str(files("lwquant") / "csrc")) / "cuda"
@@ -151,7 +153,10 @@ def library() -> ctypes.CDLL:
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     wheels = [folder / name for folder in folders for name in WHEEL_LIBRARIES]
-    for candidate in (*map(str, filter(Path.exists, wheels)), *SYSTEM_LIBRARIES):
+    candidates = [*map(str, filter(Path.exists, wheels)), *SYSTEM_LIBRARIES]
+    # First the one of torch's own CUDA: the driver need not be new enough for another's code.
+    own = f".so.{(torch.version.cuda or '').partition('.')[0]}"
+    for candidate in sorted(candidates, key=lambda name: not name.endswith(own)):
         try:
             loaded = ctypes.CDLL(candidate)
         except OSError:

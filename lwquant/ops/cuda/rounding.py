@@ -13,7 +13,7 @@ from torch import Tensor
 from lwquant.errors import LwquantError
 from lwquant.ops.cuda import driver
 from lwquant.ops.cuda.cache import compiled
-from lwquant.ops.cuda.device import architecture, stream
+from lwquant.ops.cuda.device import architecture, index, stream
 from lwquant.ops.cuda.nvrtc import RoundingKind
 from lwquant.ops.native import run_on_addresses
 
@@ -26,7 +26,7 @@ def can_round(*tensors: Tensor | None) -> bool:
     there = [tensor for tensor in tensors if tensor is not None]
     if not all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in there):
         return False
-    return _loaded(there[0].device.index) is not None
+    return _loaded(index(there[0].device)) is not None
 
 
 def round_block(
@@ -42,15 +42,14 @@ def round_block(
     Up to 128 columns; rows of `feedback` may lie apart.
     """
     device = targets.device
-    kernel = _loaded(device.index)
+    kernel = _loaded(index(device))
     if kernel is None:
         raise ValueError(f"there is no kernel for {device}")
 
     launch: Callable[..., None] = kernel.round_block
 
     def run(*block: float, errors: int) -> None:
-        with torch.cuda.device(device):
-            launch(*block, errors, stream(device))
+        launch(*block, errors, stream(device))
 
     return run_on_addresses(run, targets, feedback, scales, zeros, max_code, base)
 
@@ -59,8 +58,8 @@ def round_block(
 def _loaded(device_index: int) -> GpuRounding | None:
     try:
         code = compiled(RoundingKind(), architecture(device_index))
-        with torch.cuda.device(device_index):
-            return driver.rounding(code)
-    except LwquantError as error:
+        return driver.rounding(code, device_index)
+    # What the compiler says, the lack of a driver, and what the driver says.
+    except (LwquantError, ValueError, RuntimeError) as error:
         warnings.warn(f"rounding on this GPU takes several times as long: {error}", stacklevel=2)
         return None

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lwquant.ops.cuda import driver
 from lwquant.ops.cuda.cache import compiled
-from lwquant.ops.cuda.device import architecture, multiprocessors, stream
+from lwquant.ops.cuda.device import architecture, index, multiprocessors, stream
 from lwquant.ops.cuda.nvrtc import KernelKind
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ HEADER_BYTES = 64
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/cuda/arguments.h
 
 # Tiles say in their first bytes what they are. To read them means to wait for the GPU, so they are
-# read once for every tensor.
+# read once for every tensor, with its address: `tensor.data = other` would leave another there.
 _layers = WeakTensorKeyDictionary()
 
 
@@ -42,31 +42,31 @@ def linear(
     if n_tokens > driver.most_tokens():
         shape = out_features, in_features
         weight = _weight(layer, activation_bits, shape, x.dtype, tiles.device)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):  # it would take another dtype
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     y = x.new_empty(*x.shape[:-1], out_features)
     if n_tokens == 0:
         return y
     bias = None if bias is None else bias.contiguous()
     device = tiles.device
-    processors = multiprocessors(device.index)
+    processors = multiprocessors(index(device))
     n_bytes = layer.workspace_bytes(n_tokens, activation_bits, processors)
     # From torch's allocator: it knows streams and the memory of CUDA graphs.
     workspace = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     kernels = _kernels(layer, activation_bits, device)
-    with torch.cuda.device(device):
-        layer.multiply(
-            kernels,
-            tokens.data_ptr(),
-            FLOATS.index(x.dtype),
-            n_tokens,
-            0 if bias is None else bias.data_ptr(),
-            0 if bias is None else FLOATS.index(bias.dtype),
-            y.data_ptr(),
-            workspace.data_ptr(),
-            n_bytes,
-            processors,
-            stream(device),
-        )
+    layer.multiply(
+        kernels,
+        tokens.data_ptr(),
+        FLOATS.index(x.dtype),
+        n_tokens,
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else FLOATS.index(bias.dtype),
+        y.data_ptr(),
+        workspace.data_ptr(),
+        n_bytes,
+        processors,
+        stream(device),
+    )
     return y
 
 
@@ -78,12 +78,12 @@ def dequantize(tiles: Tensor, out_features: int, in_features: int) -> Tensor:
 
 def layer_of(tiles: Tensor, out_features: int, in_features: int) -> GpuLayer:
     """What the kernels know of a layer. ValueError where the tiles are those of another."""
-    found: GpuLayer | None = _layers.get(tiles)
-    if found is None:
+    found: tuple[int, GpuLayer] | None = _layers.get(tiles)
+    if found is None or found[0] != tiles.data_ptr():
         header = tiles[:HEADER_BYTES].cpu().numpy().tobytes()
-        found = driver.layer(header, tiles, out_features, in_features)
+        found = tiles.data_ptr(), driver.layer(header, tiles, out_features, in_features)
         _layers[tiles] = found
-    return found
+    return found[1]
 
 
 def _weight(
@@ -96,17 +96,15 @@ def _weight(
     """By the kernels for `activation_bits`: all can unpack, and these may be there already."""
     weight = torch.empty(shape, dtype=dtype, device=device)
     kernels = _kernels(layer, activation_bits, device)
-    with torch.cuda.device(device):
-        layer.dequantize(kernels, weight.data_ptr(), FLOATS.index(dtype), stream(device))
+    layer.dequantize(kernels, weight.data_ptr(), FLOATS.index(dtype), stream(device))
     return weight
 
 
 def _kernels(layer: GpuLayer, activation_bits: int, device: torch.device) -> GpuKernels:
-    return _loaded(KernelKind(layer.bits, activation_bits, layer.span_blocks), device.index)
+    return _loaded(KernelKind(layer.bits, activation_bits, layer.span_blocks), index(device))
 
 
 @functools.cache
 def _loaded(kind: KernelKind, device_index: int) -> GpuKernels:
     code = compiled(kind, architecture(device_index))
-    with torch.cuda.device(device_index):
-        return driver.kernels(code, kind.bits, kind.activation_bits, kind.span_blocks)
+    return driver.kernels(code, device_index, kind.bits, kind.activation_bits, kind.span_blocks)
