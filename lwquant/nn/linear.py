@@ -43,7 +43,7 @@ class QuantizedLinear(nn.Module):
 
     On a CPU, and without outliers on an NVIDIA GPU, qweight, scales and zeros are laid out as the
     kernels read them, see prepare(), and are None from then on; the buffer `tiles` is what they
-    became. `state_dict()`, copying and moving bring them back.
+    became. `state_dict()` has them all the same; copying and moving bring them back.
     """
 
     qweight: Tensor
@@ -169,12 +169,18 @@ class QuantizedLinear(nn.Module):
         with _LAYOUT:
             if self._kernel is None:
                 return
-            tiles = self._kernel.tiles
-            stored = ops.unmake_tiles(tiles.cpu(), self.scheme, self.out_features, self.in_features)
-            for name, tensor in zip(("qweight", "scales", "zeros"), stored, strict=True):
-                self._buffers[name] = None if tensor is None else tensor.to(tiles.device)
+            self._buffers.update(self._stored())
             self._buffers["tiles"] = None
             self._kernel = None
+
+    def _stored(self) -> dict[str, Tensor | None]:
+        """qweight, scales and zeros of the tiles; nothing where there are none."""
+        if self._kernel is None:
+            return {}
+        tiles = self._kernel.tiles
+        stored = ops.unmake_tiles(tiles.cpu(), self.scheme, self.out_features, self.in_features)
+        named = zip(("qweight", "scales", "zeros"), stored, strict=True)
+        return {name: None if t is None else t.to(tiles.device) for name, t in named}
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features) float32."""
@@ -240,8 +246,14 @@ class QuantizedLinear(nn.Module):
             self._buffers[name] = buffer.view(dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.restore()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # The tiles stay where they are: a CUDA graph may have their address.
+        tiled = self._buffers
+        with _LAYOUT:
+            self._buffers = {**tiled, **self._stored()}
+            try:
+                super()._save_to_state_dict(destination, prefix, keep_vars)
+            finally:
+                self._buffers = tiled
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()

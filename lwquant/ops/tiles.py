@@ -180,10 +180,13 @@ class TiledLinear:
     def __init__(
         self, tiles: Tensor, out_features: int, in_features: int, outliers: OutlierTensors
     ) -> None:
-        self.tiles, self._out_features, self._outliers = tiles, out_features, outliers
+        self.tiles, self._outliers = tiles, outliers
+        self._out_features, self._in_features = out_features, in_features
         self._kernel: native.TiledLinear | None = None
         if tiles.is_cpu:
             self._kernel = native.TiledLinear(tiles, out_features, in_features, outliers)
+        elif tiles.is_cuda:
+            cuda.layer_of(tiles, out_features, in_features)  # waits for the GPU: calls need not
         self._seen: _Seen | None = None  # read and replaced as a whole: threads may call at once
 
     def __call__(self, x: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor:
@@ -204,19 +207,19 @@ class TiledLinear:
             y = torch.empty_like(seen.like)
             if kernel.fill(y, x, seen.n_tokens, bias, activation_bits):
                 return y
+        arguments = x, self.tiles, bias, self._out_features, *self._outliers, activation_bits
         if (
-            kernel is None
+            is_compiling()
             or _is_differentiated(x, bias)
-            or is_compiling()
             or type(x) is not Tensor
-            or not x.is_cpu
             or x.dim() < 1
-            or x.shape[-1] != kernel.in_features
+            or x.shape[-1] != self._in_features
+            or not (x.is_cpu if kernel is not None else x.is_cuda)
         ):
-            dispatched: Tensor = torch.ops.lwquant.linear_tiled(
-                x, self.tiles, bias, self._out_features, *self._outliers, activation_bits
-            )
+            dispatched: Tensor = torch.ops.lwquant.linear_tiled(*arguments)
             return dispatched
+        if kernel is None:
+            return _linear_cuda(*arguments)
         check_input(x, bias, kernel.out_features)
         n_tokens = x.numel() // kernel.in_features
         if _is_kept(x, n_tokens):

@@ -93,10 +93,11 @@ with fake:
     apart = tiled.linear(x, layer.tiles, None, 40, 16)
     with torch.autocast("cpu"):
         assert torch.equal(tiled.linear(x, layer.tiles, None, 40, 16), apart)
-    other = random_layer(40, 1000, 3, 1000)
-    layer.tiles.data = other.tiles
-    same = tiled.dequantize(other.tiles, 40, 1000)
-    assert torch.equal(tiled.dequantize(layer.tiles, 40, 1000), same)
+    tiles, others = layer.tiles, random_layer(40, 1000, 3, 1000, seed=1).tiles
+    tiled.dequantize(tiles, 40, 1000)
+    tiles.data = others
+    same = tiled.dequantize(others, 40, 1000)
+    assert torch.equal(tiled.dequantize(tiles, 40, 1000), same)
     # A thread of its own begins without a context.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         there = pool.submit(tiled.linear, x, layer.tiles, None, 40, 16).result()

@@ -189,8 +189,11 @@ def test_the_first_call_lays_it_out_for_the_kernels_and_what_is_saved_stays_the_
     if laid_out:
         assert layer.scales is None and layer.zeros is None
         assert not layer.dequantize().equal(torch.zeros(24, 100))
+    tiles = layer.tiles
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert layer.tiles is tiles and (layer.qweight is None) == laid_out
     for change in (
-        lambda: layer.state_dict(),
         lambda: copy.deepcopy(layer),
         lambda: layer.to(torch.float32),
         lambda: layer.load_state_dict(before),
