@@ -12,6 +12,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lwquant import ops
 
+# Files whose tests take minutes, most of it in compilers. They come first: a worker that took one
+# of them last would leave the other cores idle.
+LONGEST = ("test_kernel_properties.py", "test_gpu_compiled.py", "test_on_device.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
