@@ -31,19 +31,26 @@ int useful_threads(int n_threads, int64_t products) {
   return static_cast<int>(std::min<int64_t>(n_threads, most));
 }
 
+// The index-th block to begin of those that `n_threads` take in turns: each goes through a part of
+// its own, since what a kernel fetches ahead is what comes next in memory.
+int64_t in_parts(int64_t index, int64_t n_blocks, int64_t n_threads) {
+  const int64_t part = index % n_threads, whole = n_blocks / n_threads;
+  return part * whole + std::min(part, n_blocks % n_threads) + index / n_threads;
+}
+
 // Runs body(first_row, n_rows, seat) for blocks of kBlockRows rows.
 template <typename Body>
 void for_each_block(int64_t n_rows, int n_threads, Body body) {
   struct Context {
     Body* body;
     int64_t n_rows;
-  } context{&body, n_rows};
-  const int n_blocks = static_cast<int>((n_rows + kBlockRows - 1) / kBlockRows);
+    int n_blocks, n_threads;
+  } context{&body, n_rows, static_cast<int>((n_rows + kBlockRows - 1) / kBlockRows), n_threads};
   run_tasks(
-      n_blocks, n_threads,
+      context.n_blocks, n_threads,
       [](void* pointer, int index, int seat) {
         const Context& c = *static_cast<Context*>(pointer);
-        const int64_t first = static_cast<int64_t>(index) * kBlockRows;
+        const int64_t first = in_parts(index, c.n_blocks, c.n_threads) * kBlockRows;
         (*c.body)(first, std::min<int64_t>(kBlockRows, c.n_rows - first), seat);
       },
       &context);
