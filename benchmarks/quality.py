@@ -17,13 +17,12 @@ import itertools
 import json
 import random
 import resource
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from rows import HERE, append, commit, kept_report, machine, stored
+from rows import HERE, commit, kept_report, machine, measure_missing, stored
 
 RESULTS = HERE / "results"
 CSV = RESULTS / "quality.csv"
@@ -311,19 +310,11 @@ def main() -> None:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        print(json.dumps(asdict(run(arguments.row))))
+        print(json.dumps([asdict(run(arguments.row))]))
         return
-    done = {row.name for row in stored(Row, CSV)}
-    for name in [] if arguments.table else jobs():
-        if arguments.only in name and name not in done:
-            command = [sys.executable, __file__, "--row", name]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            row = Row(**json.loads(output.splitlines()[-1]))
-            append(row, CSV)
-            print(
-                f"{row.name:32} {row.bpw:.3f} bpw  KL {row.kl_divergence:.4f}  {row.seconds:.0f} s",
-                file=sys.stderr,
-            )
+    wanted = [(name,) for name in jobs() if arguments.only in name]
+    if not arguments.table:
+        measure_missing(Row, CSV, __file__, wanted, lambda row: (row.name,))
     print_table(stored(Row, CSV))
     if any(row.name.startswith("blocks/") for row in stored(Row, CSV)):
         draw_blocks(stored(Row, CSV))

@@ -53,7 +53,7 @@ def measure_missing(
 ) -> None:
     """Run `script --row JOB`, in a process of its own, for every job that no row in `path` is of.
 
-    The last line of its output is a JSON list of rows, which have a text, bpw and a KL.
+    The last line of its output is a JSON list of rows, which have bpw, a KL, and perhaps a text.
     """
     done = {job_of(row) for row in stored(kind, path)}
     for job in jobs:
@@ -63,8 +63,11 @@ def measure_missing(
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         for values in json.loads(output.splitlines()[-1]):
             append(kind(**values), path)
-            what = f"{values['text']}, {values['bpw']:.3f} bits"
-            print(f"{job} {what}: KL {values['kl_divergence']:.4f}", file=sys.stderr)
+            what = f"{values.get('text', '')} {values['bpw']:.3f} bits"
+            print(
+                f"{' '.join(map(str, job))} {what}: KL {values['kl_divergence']:.4f}",
+                file=sys.stderr,
+            )
 
 
 def commit() -> str:

@@ -15,7 +15,7 @@ import torch
 from test_kernel_properties import built, needs_compiler
 
 from lwquant.errors import LwquantError
-from lwquant.ops.cuda import nvrtc, tiled
+from lwquant.ops.cuda import device, nvrtc, tiled
 
 SCRIPT = """
 import concurrent.futures
@@ -164,6 +164,30 @@ def test_an_old_gpu_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA T4")
     with pytest.raises(LwquantError, match="NVIDIA T4 is sm_75"):
         tiled.architecture(0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((8, 6), "sm_86"), ((8, 7), "sm_86"), ((9, 0), "sm_90a"), ((10, 3), "sm_100")],
+)
+def test_a_gpu_gets_the_latest_code_of_its_generation(monkeypatch, capability, target):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    monkeypatch.setattr(device, "supported", lambda: (80, 86, 89, 90, 100, 120))
+    assert tiled.architecture(0) == target
+
+
+def test_a_gpu_that_the_compiler_does_not_know_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (13, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA X100")
+    monkeypatch.setattr(device, "supported", lambda: (80, 86, 120))
+    with pytest.raises(LwquantError, match="NVRTC does not know NVIDIA X100, sm_130"):
+        tiled.architecture(0)
+
+
+@pytest.mark.skipif(not nvrtc.found(), reason="NVRTC is missing")
+def test_nvrtc_says_what_it_compiles_for():
+    assert {80, 86, 89, 90, 100, 120} <= set(nvrtc.supported())
 
 
 def test_importing_the_operators_loads_no_compiler():

@@ -138,6 +138,15 @@ def version() -> str:
     return f"{major.value}.{minor.value}"
 
 
+def supported() -> tuple[int, ...]:
+    """What this NVRTC compiles for: 90 stands for sm_90."""
+    n = ctypes.c_int()
+    _check(library().nvrtcGetNumSupportedArchs(ctypes.byref(n)))
+    numbers = (ctypes.c_int * n.value)()
+    _check(library().nvrtcGetSupportedArchs(numbers))
+    return tuple(numbers)
+
+
 def found() -> bool:
     """Whether there is a compiler."""
     try:
