@@ -220,7 +220,10 @@ def _quiet(stage: str, item: str, done: int, total: int) -> None:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Markdown: KL of the default, of all others relative to it, mean and deviation over seeds."""
+    """Markdown: KL of the default, of all others relative to it, mean and deviation over seeds.
+
+    What has fewer seeds than the default is relative to it with those.
+    """
     texts = sorted({(r.model, r.text, r.budget) for r in rows if r.variant == "default"})
     print("| changed |", " | ".join(f"{model}, {text}, {b}" for model, text, b in texts), "|")
     print("|---" * (1 + len(texts)) + "|")
@@ -228,9 +231,10 @@ def print_table(rows: list[Row]) -> None:
         cells = []
         for place in texts:
             found = [r for r in rows if (r.model, r.text, r.budget) == place]
-            mine = [r.kl_divergence for r in found if r.variant == variant]
-            unit = statistics.mean(r.kl_divergence for r in found if r.variant == "default")
-            cells.append(_cell(mine, 1.0 if variant == "default" else unit))
+            mine = {r.seed: r.kl_divergence for r in found if r.variant == variant}
+            units = [r.kl_divergence for r in found if r.variant == "default" and r.seed in mine]
+            unit = statistics.mean(units) if units and variant != "default" else 1.0
+            cells.append(_cell(list(mine.values()), unit))
         if any(cells):
             print(f"| {variant} |", " | ".join(cells), "|")
     for model in sorted({row.model for row in rows}):
