@@ -212,3 +212,14 @@ def test_compiled_layers_have_no_graph_breaks_after_a_call():
     assert torch.equal(compiled(x), layer(x))
     x = torch.randn(5, INPUTS)
     assert torch.equal(compiled(x), layer(x))
+
+
+def test_results_after_a_call_in_inference_mode_may_be_saved_for_backward():
+    layer, x = fresh(), torch.randn(2, INPUTS)
+    with torch.inference_mode():
+        layer(x)
+    y = layer(x)
+    assert not y.is_inference()
+    weight = torch.ones(OUTPUTS, requires_grad=True)
+    (y * weight).sum().backward()
+    assert torch.equal(weight.grad, y.sum(0))
