@@ -53,12 +53,17 @@ INLINE void multiply_few(const Multiplying& m) {
     for (int b = 0; b < kChunkBlocks; ++b) {
       load_row<BITS>(w, tile, chunk * kChunkBlocks + b, row, words[b]);
     }
+    // With 8 bits there are no registers for them yet.
+    constexpr bool kScalesEarly = BITS < 8;
 #pragma unroll
-    for (int s = 0; s < kSpans; ++s) stored[s] = load_scale(w, tile, chunk * kSpans + s, row);
+    for (int s = 0; s < kSpans && kScalesEarly; ++s) {
+      stored[s] = load_scale(w, tile, chunk * kSpans + s, row);
+    }
     const uint8_t* quads = m.rounded + layout.quad(chunk * kChunkBlocks, 0, 0, 0);
     const uint8_t* scales = m.rounded + layout.scale(chunk * kSpans, 0);
 #pragma unroll
     for (int s = 0; s < kSpans; ++s) {
+      if (!kScalesEarly) stored[s] = load_scale(w, tile, chunk * kSpans + s, row);
       int32_t sums[TOKENS][PLANES] = {};
 #pragma unroll
       for (int b = 0; b < SPAN; ++b) {
