@@ -6,7 +6,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -166,18 +165,12 @@ class TiledLinear {
     }
     if (n_tokens == 0) return true;
     require(x && y, "no address for x or y");
-    const auto multiply = [&](const float* inputs, float* outputs) {
+    const auto multiply = [&](const auto* inputs, auto* outputs) {
       return linear(tiles_, outliers_, pointer<const float>(bias), inputs, n_tokens,
                     static_cast<int>(activation_bits), static_cast<int>(n_threads), outputs);
     };
-    if (!in_bf16) return multiply(pointer<const float>(x), pointer<float>(y));
-    const int64_t n_inputs = n_tokens * tiles_.is.in_features;
-    const int64_t n_outputs = n_tokens * tiles_.is.out_features;
-    const std::unique_ptr<float[]> wide(new float[static_cast<size_t>(n_inputs + n_outputs)]);
-    widen_bf16(pointer<const uint16_t>(x), n_inputs, wide.get());
-    if (!multiply(wide.get(), wide.get() + n_inputs)) return false;
-    narrow_to_bf16(wide.get() + n_inputs, n_outputs, pointer<uint16_t>(y));
-    return true;
+    return in_bf16 ? multiply(pointer<const uint16_t>(x), pointer<uint16_t>(y))
+                   : multiply(pointer<const float>(x), pointer<float>(y));
   }
 
   void dequantize(int64_t row, int64_t n_rows, int64_t n_threads, Address out) const {

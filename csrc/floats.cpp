@@ -87,14 +87,14 @@ void place_outliers(const Outliers& o, int64_t row, int64_t n_rows, int64_t in_f
 }
 
 void add_outliers(const Outliers& o, const float* x, int64_t n_tokens, int64_t in_features,
-                  int64_t row, int64_t n_rows, int64_t out_features, float* y) {
+                  int64_t row, int64_t n_rows, int64_t stride, float* y) {
   if (!o.rows) return;
-  for (int64_t r = row; r < row + n_rows; ++r) {
-    for (int32_t k = o.rows[r]; k < o.rows[r + 1]; ++k) {
+  for (int64_t r = 0; r < n_rows; ++r) {
+    for (int32_t k = o.rows[row + r]; k < o.rows[row + r + 1]; ++k) {
       const float value = half_to_float(o.values[k]);
       const float* input = x + outlier_column(o, k);
       for (int64_t t = 0; t < n_tokens; ++t) {
-        y[t * out_features + r] += value * input[t * in_features];
+        y[t * stride + r] += value * input[t * in_features];
       }
     }
   }

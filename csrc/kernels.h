@@ -79,10 +79,15 @@ struct Bf16Kernels {
   // Rounds n inputs of x, whose tokens lie `stride` apart, and fills them up to n_padded of them.
   void (*round_inputs)(const float* x, int64_t n_tokens, int64_t stride, int64_t n,
                        int64_t n_padded, uint16_t* out);
-  // The tiles' rows of y from those inputs: bias is added to the first ones, what y holds to the
-  // others. `weights` has room for kStripRows rows of n_inputs bf16 and is aligned to lines.
+  // The same of inputs that are bf16.
+  void (*arrange_inputs)(const uint16_t* x, int64_t n_tokens, int64_t stride, int64_t n,
+                         int64_t n_padded, uint16_t* out);
+  // What those inputs make of the tiles' rows, from y on, tokens `stride` apart: bias is added to
+  // the first inputs' products, what y holds to the others'. `weights` has room for kStripRows
+  // rows of n_inputs bf16 and is aligned to lines.
   void (*multiply)(const Tiles&, const Bf16Inputs&, int64_t tile, int64_t n_tiles,
-                   const float* bias, uint8_t* weights, float* y);
+                   const float* bias, uint8_t* weights, int64_t stride, float* y);
+  void (*narrow)(const float* from, int64_t n, uint16_t* to);  // as narrow_to_bf16()
 };
 
 constexpr int kSetTokens = 16;
@@ -140,9 +145,10 @@ int64_t outlier_column(const Outliers&, int64_t index);
 // weights (out_features, in_features): adds the outliers of rows [row, row + n_rows).
 void place_outliers(const Outliers&, int64_t row, int64_t n_rows, int64_t in_features,
                     float* weights);
-// y (n_tokens, out_features): adds what the outliers of rows [row, row + n_rows) make of x.
+// y (n_tokens, n_rows), tokens `stride` apart: adds what the outliers of rows [row, row + n_rows)
+// make of x.
 void add_outliers(const Outliers&, const float* x, int64_t n_tokens, int64_t in_features,
-                  int64_t row, int64_t n_rows, int64_t out_features, float* y);
+                  int64_t row, int64_t n_rows, int64_t stride, float* y);
 
 // tiles.cpp
 bool tiles_fit(const Weight&);  // whether its groups are whole steps
@@ -176,11 +182,14 @@ bool select_isa(const char* name);  // false: unknown, or not on this machine
 
 // linear.cpp: the host functions; shapes have been checked
 // Whether such a call rounds weights and inputs to bf16 instead of using integers.
-bool runs_in_bf16(int bits, int64_t n_tokens, int activation_bits);
+bool runs_in_bf16(int bits, int64_t n_tokens, int activation_bits, bool bf16_inputs);
 // y (n_tokens, out_features) = x Wᵀ + bias, x as integers of 8 or 16 bits or in bf16. False when x
 // holds NaN or infinity, which integers cannot: y means nothing then.
 bool linear(const Tiles&, const Outliers&, const float* bias, const float* x, int64_t n_tokens,
             int activation_bits, int n_threads, float* y);
+// The same of bf16: what float32 gives, rounded, where both take integers or both bf16.
+bool linear(const Tiles&, const Outliers&, const float* bias, const uint16_t* x, int64_t n_tokens,
+            int activation_bits, int n_threads, uint16_t* y);
 // out (n_rows, in_features): rows [row, row + n_rows) as float32.
 void dequantize(const Weight&, int64_t row, int64_t n_rows, int n_threads, float* out);
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 namespace lwquant {
 namespace {
@@ -16,15 +17,34 @@ constexpr int64_t kProductsPerThread = int64_t{1} << 19;
 constexpr int64_t kBlockRows = 4 * kTileOutputs;  // of one task
 constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of activations
 constexpr int64_t kMinBlockTokens = 16;
-// What bf16 takes at a time: that many tokens and inputs stay in the L2 cache beside the weights of a
-// strip.
-constexpr int64_t kPanelTokens = 128, kPanelInputs = 4096;
+// What bf16 takes at a time: that many values stay in the L2 cache beside the weights of a strip.
+constexpr int64_t kPanelInputs = 4096, kPanelValues = 128 * kPanelInputs;
 
 // Not zeroed, unlike std::vector: all of it is written before it is read.
 template <typename T>
 std::unique_ptr<T[]> buffer(int64_t n) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(n)]);
 }
+
+// Inputs and results of a call are float32 or bf16. Kernels read and write float32: bf16 is
+// converted in a buffer, a panel of tokens at a time.
+template <typename T>
+constexpr bool kIsBf16 = std::is_same_v<T, uint16_t>;
+
+template <typename T>
+std::unique_ptr<float[]> room_for(int64_t n) {
+  return buffer<float>(kIsBf16<T> ? n : 0);
+}
+
+const float* widened(const float* from, int64_t, float*) { return from; }
+
+const float* widened(const uint16_t* from, int64_t n, float* room) {
+  widen_bf16(from, n, room);
+  return room;
+}
+
+float* as_floats(float* to, float*) { return to; }
+float* as_floats(uint16_t*, float* room) { return room; }
 
 int useful_threads(int n_threads, int64_t products) {
   const int64_t most = std::max<int64_t>(1, products / kProductsPerThread);
@@ -60,55 +80,73 @@ struct Free {
   void operator()(void* data) const { free(data); }
 };
 
+void arrange(const Bf16Kernels& kernels, const float* x, int64_t n_tokens, int64_t stride,
+             int64_t n, int64_t n_padded, uint16_t* out) {
+  kernels.round_inputs(x, n_tokens, stride, n, n_padded, out);
+}
+
+void arrange(const Bf16Kernels& kernels, const uint16_t* x, int64_t n_tokens, int64_t stride,
+             int64_t n, int64_t n_padded, uint16_t* out) {
+  kernels.arrange_inputs(x, n_tokens, stride, n, n_padded, out);
+}
+
+template <typename T>
 void linear_bf16(const Bf16Kernels& kernels, const Tiles& w, const Outliers& outliers,
-                 const float* bias, const float* x, int64_t n_tokens, int n_threads, float* y) {
+                 const float* bias, const T* x, int64_t n_tokens, int n_threads, T* y) {
   const int64_t in_features = w.is.in_features, out_features = w.is.out_features;
   const int64_t n_parts = (w.padded_inputs + kPanelInputs - 1) / kPanelInputs;
   const int64_t n_blocks = w.padded_inputs / kBlockInputs;
   const int64_t part = (n_blocks + n_parts - 1) / n_parts * kBlockInputs;
-  const int64_t n_sets = (std::min(n_tokens, kPanelTokens) + kSetTokens - 1) / kSetTokens;
+  const int64_t panel = kPanelValues / part / (2 * kSetTokens) * (2 * kSetTokens);
+  const int64_t n_most = std::min(n_tokens, panel);
+  const int64_t n_sets = (n_most + kSetTokens - 1) / kSetTokens;
   auto values = buffer<uint16_t>(n_sets * kSetTokens * part);
   const size_t strip_bytes = static_cast<size_t>(kStripRows * part) * sizeof(uint16_t);
   const std::unique_ptr<uint8_t, Free> strips(static_cast<uint8_t*>(
       aligned_alloc(kLine, static_cast<size_t>(n_threads) * strip_bytes)));
   if (!strips) throw std::bad_alloc();
-  for (int64_t token = 0; token < n_tokens; token += kPanelTokens) {
-    const float* inputs = x + token * in_features;
-    float* outputs = y + token * out_features;
-    const int64_t n_here = std::min(kPanelTokens, n_tokens - token);
+  const auto wide_inputs = room_for<T>(outliers.rows ? n_most * in_features : 0);
+  // Results in float32 are their own sums. For bf16 each thread has sums of one block, which stay
+  // in its cache; only where blocks come again for other inputs there are sums of all.
+  const bool sums_of_all = n_parts > 1;
+  const int64_t stride = kIsBf16<T> && !sums_of_all ? kBlockRows : out_features;
+  const auto room = room_for<T>(n_most * (sums_of_all ? out_features : n_threads * kBlockRows));
+  for (int64_t token = 0; token < n_tokens; token += panel) {
+    const T* inputs = x + token * in_features;
+    T* outputs = y + token * out_features;
+    const int64_t n_here = std::min(panel, n_tokens - token);
+    const float* of_outliers =
+        outliers.rows ? widened(inputs, n_here * in_features, wide_inputs.get()) : nullptr;
     for (int64_t first = 0; first < w.padded_inputs; first += part) {
       const int64_t n_padded = std::min(part, w.padded_inputs - first);
       const int64_t n = std::min(n_padded, in_features - first);
-      kernels.round_inputs(inputs + first, n_here, in_features, n, n_padded, values.get());
-      const Bf16Inputs panel = {values.get(), n_here, first, n_padded};
+      arrange(kernels, inputs + first, n_here, in_features, n, n_padded, values.get());
+      const Bf16Inputs rounded = {values.get(), n_here, first, n_padded};
       for_each_block(out_features, n_threads, [&](int64_t row, int64_t n_rows, int seat) {
         const int64_t n_tiles = (n_rows + kTileOutputs - 1) / kTileOutputs;
         uint8_t* weights = strips.get() + static_cast<size_t>(seat) * strip_bytes;
-        kernels.multiply(w, panel, row / kTileOutputs, n_tiles, bias, weights, outputs);
+        float* in_room = room.get() + (sums_of_all ? row : seat * n_most * kBlockRows);
+        float* sums = as_floats(outputs + row, in_room);
+        kernels.multiply(w, rounded, row / kTileOutputs, n_tiles, bias, weights, stride, sums);
         if (first + n_padded < w.padded_inputs) return;
-        add_outliers(outliers, inputs, n_here, in_features, row, n_rows, out_features, outputs);
+        add_outliers(outliers, of_outliers, n_here, in_features, row, n_rows, stride, sums);
+        if constexpr (kIsBf16<T>) {
+          for (int64_t t = 0; t < n_here; ++t) {
+            kernels.narrow(sums + t * stride, n_rows, outputs + t * out_features + row);
+          }
+        }
       });
     }
   }
 }
 
-}  // namespace
-
-bool runs_in_bf16(int bits, int64_t n_tokens, int activation_bits) {
-  constexpr int64_t kFewest = 64;  // fewer are faster with integers
-  // Rounding to bf16 loses less than 8-bit activations do. Beside 16-bit ones it adds 1 % to the
-  // squared error that 6-bit weights have in groups of 64, but 19 % to that of 8-bit weights.
-  constexpr int kWidest = 6;
-  const bool invisible = bits <= kWidest || activation_bits == 8;
-  return current_isa().bf16 && n_tokens >= kFewest && invisible;
-}
-
-bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const float* x,
-            int64_t n_tokens, int activation_bits, int n_threads, float* y) {
+template <typename T>
+bool linear_of(const Tiles& w, const Outliers& outliers, const float* bias, const T* x,
+               int64_t n_tokens, int activation_bits, int n_threads, T* y) {
   const Isa& isa = current_isa();
   const int64_t in_features = w.is.in_features, out_features = w.is.out_features;
   n_threads = useful_threads(n_threads, out_features * in_features * n_tokens);
-  if (runs_in_bf16(w.is.bits, n_tokens, activation_bits)) {
+  if (runs_in_bf16(w.is.bits, n_tokens, activation_bits, kIsBf16<T>)) {
     linear_bf16(*isa.bf16, w, outliers, bias, x, n_tokens, n_threads, y);
     return true;
   }
@@ -126,11 +164,14 @@ bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const f
   auto quads = buffer<uint8_t>(n_most * token_bytes + kLine);
   auto span_scale = buffer<float>(n_most * a.n_spans);
   auto group_sum = buffer<float>(n_most * w.n_groups);
+  const auto wide_inputs = room_for<T>(n_most * in_features);
+  const auto wide_outputs = room_for<T>(n_most * out_features);
   a.quads = quads.get(), a.span_scale = span_scale.get(), a.group_sum = group_sum.get();
   for (int64_t first = 0; first < n_tokens; first += block) {
     a.n_tokens = std::min(block, n_tokens - first);
-    const float* inputs = x + first * in_features;
-    float* outputs = y + first * out_features;
+    const float* inputs =
+        widened(x + first * in_features, a.n_tokens * in_features, wide_inputs.get());
+    float* outputs = as_floats(y + first * out_features, wide_outputs.get());
     if (!quantize_activations(isa, w, a, inputs, quads.get(), span_scale.get(),
                               group_sum.get())) {
       return false;
@@ -138,10 +179,36 @@ bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const f
     for_each_block(out_features, n_threads, [&](int64_t row, int64_t n_rows, int) {
       const int64_t n_tiles = (n_rows + kTileOutputs - 1) / kTileOutputs;
       isa.multiply_tiles(w, a, row / kTileOutputs, n_tiles, bias, outputs);
-      add_outliers(outliers, inputs, a.n_tokens, in_features, row, n_rows, out_features, outputs);
+      add_outliers(outliers, inputs, a.n_tokens, in_features, row, n_rows, out_features,
+                   outputs + row);
     });
+    if constexpr (kIsBf16<T>) {
+      narrow_to_bf16(outputs, a.n_tokens * out_features, y + first * out_features);
+    }
   }
   return true;
+}
+
+}  // namespace
+
+bool runs_in_bf16(int bits, int64_t n_tokens, int activation_bits, bool bf16_inputs) {
+  constexpr int64_t kFewest = 64;  // fewer are faster with integers
+  // Rounding to bf16 loses less than 8-bit activations do. Beside 16-bit ones it adds 1 % to the
+  // squared error that 6-bit weights have in groups of 64, but 19 % to that of 8-bit weights. Of
+  // inputs that are bf16 only weights are rounded, by as much as the results are.
+  constexpr int kWidest = 6;
+  const bool invisible = bits <= kWidest || activation_bits == 8 || bf16_inputs;
+  return current_isa().bf16 && n_tokens >= kFewest && invisible;
+}
+
+bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const float* x,
+            int64_t n_tokens, int activation_bits, int n_threads, float* y) {
+  return linear_of(w, outliers, bias, x, n_tokens, activation_bits, n_threads, y);
+}
+
+bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const uint16_t* x,
+            int64_t n_tokens, int activation_bits, int n_threads, uint16_t* y) {
+  return linear_of(w, outliers, bias, x, n_tokens, activation_bits, n_threads, y);
 }
 
 void dequantize(const Weight& w, int64_t row, int64_t n_rows, int n_threads, float* out) {

@@ -128,76 +128,109 @@ struct SetSums {
   }
 };
 
+// Where the sums of a strip's first row and token go, and how many rows there are.
+struct Place {
+  float* at;
+  int64_t stride, n_rows;
+};
+
 template <int SETS, int TILES>
-void multiply_sets(const Tiles& w, const Bf16Inputs& x, int64_t set, int64_t tile,
-                   const uint8_t* weights, const float* bias, float* y) {
+void multiply_sets(const Bf16Inputs& x, int64_t set, const uint8_t* weights, const float* bias,
+                   const Place& y) {
   const int64_t n_steps = x.n_inputs / kStepInputs, first = set * kSetTokens;
   const uint8_t* inputs = reinterpret_cast<const uint8_t*>(x.values) + set * n_steps * kStepBytes;
   SetSums<SETS, TILES> sums;
   sums.multiply(inputs, weights, n_steps);
   for (int64_t t = 0; t < SETS * kSetTokens && first + t < x.n_tokens; ++t) {
-    float* outputs = y + (first + t) * w.is.out_features;
+    float* outputs = y.at + (first + t) * y.stride;
+    // What is there is added where these are not the first inputs, and the bias where they are.
+    const float* added = x.first_input ? outputs : bias;
     for (int r = 0; r < TILES; ++r) {
+      const int64_t row = r * kTileOutputs, rest = y.n_rows - row;
       const Floats sum = load(sums.of[t / kSetTokens][r][t % kSetTokens]);
-      // What is there is added where these are not the first inputs, and the bias where they are.
-      store_tile(w, tile + r, 0, x.first_input ? outputs : bias, sum, outputs);
+      store_rows(outputs + row, sum, added ? added + row : nullptr, rest < kRows ? rest : kRows);
     }
   }
 }
 
 template <int BITS, int TILES>
 void multiply_strip(const Tiles& w, const Bf16Inputs& x, int64_t tile, const float* bias,
-                    uint8_t* weights, float* y) {
+                    uint8_t* weights, int64_t stride, float* y) {
+  const int64_t row = tile * kTileOutputs;
+  const Place place = {y, stride, w.is.out_features - row};
+  if (bias) bias += row;
   const int64_t tile_bytes = x.n_inputs / kStepInputs * kStepBytes;
   for (int r = 0; r < TILES; ++r) {
     unpack_weights<BITS>(w, tile + r, x.first_input, x.n_inputs, weights + r * tile_bytes);
   }
   const int64_t n_sets = (x.n_tokens + kSetTokens - 1) / kSetTokens;
   int64_t set = 0;
-  for (; set + 2 <= n_sets; set += 2) multiply_sets<2, TILES>(w, x, set, tile, weights, bias, y);
-  if (set < n_sets) multiply_sets<1, TILES>(w, x, set, tile, weights, bias, y);
+  for (; set + 2 <= n_sets; set += 2) multiply_sets<2, TILES>(x, set, weights, bias, place);
+  if (set < n_sets) multiply_sets<1, TILES>(x, set, weights, bias, place);
 }
 
-void round_inputs(const float* x, int64_t n_tokens, int64_t stride, int64_t n, int64_t n_padded,
-                  uint16_t* out) {
+// Rounded to bf16, to nearest even; NaN stays NaN, which adding to its bits could lose.
+INLINE __m256i rounded(Floats values) {
+  const Vec bits = _mm512_castps_si512(values), upper = _mm512_srli_epi32(bits, 16);
+  const Vec odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const Vec halves = _mm512_srli_epi32(add(add(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(halves, nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+INLINE __m256i load_rounded(__mmask16 present, const float* from) {
+  return rounded(_mm512_maskz_loadu_ps(present, from));
+}
+
+INLINE __m256i load_rounded(__mmask16 present, const uint16_t* from) {
+  return _mm256_maskz_loadu_epi16(present, from);
+}
+
+// The first n of 16.
+INLINE __mmask16 first_of_16(int64_t n) {
+  return static_cast<__mmask16>(n >= kRows ? 0xffff : n > 0 ? (1u << n) - 1 : 0);
+}
+
+template <typename T>
+void arrange(const T* x, int64_t n_tokens, int64_t stride, int64_t n, int64_t n_padded,
+             uint16_t* out) {
   const int64_t n_sets = (n_tokens + kSetTokens - 1) / kSetTokens;
   for (int64_t token = 0; token < n_sets * kSetTokens; ++token) {
-    const float* from = x + token * stride;
+    const T* from = x + token * stride;
     uint16_t* set = out + token / kSetTokens * kSetTokens * n_padded;
     uint16_t* to = set + token % kSetTokens * kStepInputs;
     for (int64_t k = 0; k < n_padded; k += kRows) {
-      const int64_t rest = token < n_tokens ? n - k : 0;
-      const __mmask16 present = static_cast<__mmask16>(rest >= kRows ? 0xffff
-                                                       : rest > 0    ? (1u << rest) - 1
-                                                                     : 0);
-      const Floats values = _mm512_maskz_loadu_ps(present, from + k);
-      // To nearest even; NaN stays NaN, which adding to its bits could lose.
-      const Vec bits = _mm512_castps_si512(values), upper = _mm512_srli_epi32(bits, 16);
-      const Vec odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-      Vec rounded = _mm512_srli_epi32(add(add(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
-      const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-      rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+      const __mmask16 present = first_of_16(token < n_tokens ? n - k : 0);
       const int64_t place = k / kStepInputs * kSetTokens * kStepInputs + k % kStepInputs;
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + place), _mm512_cvtepi32_epi16(rounded));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + place), load_rounded(present, from + k));
     }
   }
 }
 
+void narrow(const float* from, int64_t n, uint16_t* to) {
+  for (int64_t k = 0; k < n; k += kRows) {
+    const __mmask16 present = first_of_16(n - k);
+    _mm256_mask_storeu_epi16(to + k, present, load_rounded(present, from + k));
+  }
+}
+
 void multiply_bf16(const Tiles& w, const Bf16Inputs& x, int64_t tile, int64_t n_tiles,
-                   const float* bias, uint8_t* weights, float* y) {
+                   const float* bias, uint8_t* weights, int64_t stride, float* y) {
   const KeptRegisters kept;
   configure_registers([](int) { return kSetTokens; });
   with_width(w.is.bits, [&](auto codes) {
     int64_t done = 0;
     for (; done + kStripTiles <= n_tiles; done += kStripTiles) {
-      multiply_strip<codes.bits, kStripTiles>(w, x, tile + done, bias, weights, y);
+      float* sums = y + done * kTileOutputs;
+      multiply_strip<codes.bits, kStripTiles>(w, x, tile + done, bias, weights, stride, sums);
     }
-    if (done < n_tiles) multiply_strip<codes.bits, 1>(w, x, tile + done, bias, weights, y);
+    float* sums = y + done * kTileOutputs;
+    if (done < n_tiles) multiply_strip<codes.bits, 1>(w, x, tile + done, bias, weights, stride, sums);
   });
 }
 
 }  // namespace
 
-const Bf16Kernels kAmxBf16 = {round_inputs, multiply_bf16};
+const Bf16Kernels kAmxBf16 = {arrange<float>, arrange<uint16_t>, multiply_bf16, narrow};
 
 }  // namespace lwquant

@@ -23,7 +23,7 @@ DRAWN_ROWS = 64  # of a peer's weight that are really quantized; the others repe
 class Candidate:
     """`bind(x, n)` gives a call for each of n weights of the pool at most, all on the same x.
 
-    x is (tokens, in_features) float32.
+    x is (tokens, in_features) float32; a call may take it in bf16.
     """
 
     name: str

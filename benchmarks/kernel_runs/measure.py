@@ -114,6 +114,7 @@ class Wanted:
     tokens: Sequence[int]
     schemes: dict[int, list[QuantScheme]]  # by group size
     activation_bits: int | None  # None: usual_activation_bits()
+    bf16_inputs: bool
     rounds: tuple[int, int]  # with few tokens, with many
     with_peers: bool
 
@@ -125,7 +126,10 @@ def measure(shape: Shape, wanted: Wanted, probes: Probes) -> list[Row]:
     for group, schemes in wanted.schemes.items():
         own = [
             ours.candidate(
-                shape, scheme, wanted.activation_bits or usual_activation_bits(scheme.bits)
+                shape,
+                scheme,
+                wanted.activation_bits or usual_activation_bits(scheme.bits),
+                wanted.bf16_inputs,
             )
             for scheme in schemes
         ]
@@ -223,6 +227,9 @@ def main(description: str) -> None:
     parser.add_argument("--group-sizes", help=f"comma-separated; {ROW} for whole rows")
     parser.add_argument("--scale-bits", type=int, default=8, choices=SCALE_BITS)
     parser.add_argument("--activation-bits", type=int, choices=(8, 16), help="at every width")
+    parser.add_argument(
+        "--bf16-inputs", action="store_true", help="of ours; onnxruntime's and ggml's are float32"
+    )
     parser.add_argument("--rounds", type=int, help="the same for every number of tokens")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--isa", default=ops.isa(), help=f"one of {ops.available_isas()}")
@@ -251,7 +258,12 @@ def main(description: str) -> None:
         for group in groups
     }
     wanted = Wanted(
-        tokens, schemes, arguments.activation_bits, rounds, with_peers=not arguments.no_peers
+        tokens,
+        schemes,
+        arguments.activation_bits,
+        arguments.bf16_inputs,
+        rounds,
+        with_peers=not arguments.no_peers,
     )
     probes = Probes(WORK, pool_bytes(), torch.get_num_threads())
     about = {

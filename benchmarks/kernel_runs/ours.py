@@ -16,11 +16,14 @@ from lwquant.scheme import QuantScheme, row_words
 
 # Of the largest output: activations are integers up to 127 or 32639 times a span's largest.
 TOLERANCE = {8: 0.03, 16: 1e-4}
-BF16 = 0.02
+BF16 = 0.02  # where weights and inputs are rounded to it
+BF16_RESULT = 2.0**-8
 NO_OUTLIERS = (None, None, None)
 
 
-def candidate(shape: Shape, scheme: QuantScheme, activation_bits: int) -> Candidate:
+def candidate(
+    shape: Shape, scheme: QuantScheme, activation_bits: int, bf16_inputs: bool
+) -> Candidate:
     """A layer of random words, which are valid codes at every width."""
     out_features, in_features = shape
     n_bytes = ops.tiles_bytes(scheme, out_features, in_features)
@@ -34,14 +37,16 @@ def candidate(shape: Shape, scheme: QuantScheme, activation_bits: int) -> Candid
     kernels = [ops.TiledLinear(t, out_features, in_features, NO_OUTLIERS) for t in pool]
 
     def bind(x: Tensor, n: int) -> list[Call]:
-        return [partial(kernel, x, None, activation_bits) for kernel in kernels[:n]]
+        own = x.bfloat16() if bf16_inputs else x
+        return [partial(kernel, own, None, activation_bits) for kernel in kernels[:n]]
 
     dense = partial(ops.dequantize_tiled, first, out_features, in_features)
     name = f"{scheme.label}-a{activation_bits}"
 
     def tolerance(n_tokens: int) -> float:
-        in_bf16 = ops.runs_in_bf16(scheme.bits, n_tokens, activation_bits)
-        return BF16 if in_bf16 else TOLERANCE[activation_bits]
+        in_bf16 = ops.runs_in_bf16(scheme.bits, n_tokens, activation_bits, bf16_inputs)
+        of_products = BF16 if in_bf16 else TOLERANCE[activation_bits]
+        return of_products + BF16_RESULT * bf16_inputs
 
     return Candidate(name, scheme.bits, n_bytes, bind, dense, tolerance, activation_bits)
 

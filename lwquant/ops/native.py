@@ -70,9 +70,12 @@ def set_isa(name: str) -> None:
         _kernels.set_isa(name)
 
 
-def runs_in_bf16(bits: int, n_tokens: int, activation_bits: int) -> bool:
+def runs_in_bf16(bits: int, n_tokens: int, activation_bits: int, bf16_inputs: bool) -> bool:
     """Whether the kernels round weights and inputs of such a call to bf16, not to integers."""
-    return _kernels is not None and _kernels.runs_in_bf16(bits, n_tokens, activation_bits)
+    if _kernels is None:
+        return False
+    bf16: bool = _kernels.runs_in_bf16(bits, n_tokens, activation_bits, bf16_inputs)
+    return bf16
 
 
 @functools.cache
@@ -199,12 +202,12 @@ class TiledLinear:
         )
 
     def __call__(self, x: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor | None:
-        """(..., in_features) → (..., out_features), contiguous float32 as bias is.
+        """(..., in_features) → (..., out_features), contiguous float32 or bf16 as x is.
 
-        None where x holds NaN or infinity. Else as linear_reference, and apart from float32
-        summation no further from it than Σ over groups of |scale| · max|x| · 0.51 / L ·
-        Σ|code − zero|: the kernels hold x as integers up to L, 32639 at 16 bits and 127 at 8.
-        tests/unit/test_ops_linear.py derives the bound and holds every kernel to it. Where
+        The bias is float32. None where x holds NaN or infinity. Else as linear_reference, and
+        apart from float32 summation no further from it than Σ over groups of |scale| · max|x| ·
+        0.51 / L · Σ|code − zero|: the kernels hold x as integers up to L, 32639 at 16 bits and 127
+        at 8. tests/unit/test_ops_linear.py derives the bound and holds every kernel to it. Where
         runs_in_bf16() weights and x are rounded to bf16 instead, by 2⁻⁸ of themselves at most, and
         NaN and infinity stay in their tokens. See csrc/linear_amx_bf16.cpp, test_ops_bf16.py.
         """
@@ -216,7 +219,7 @@ class TiledLinear:
     ) -> bool:
         """Write into y what a call returns; False where that is None.
 
-        Both contiguous, and both float32 or bf16: what a call makes of x as float32, rounded.
+        Both contiguous, and both float32 or bf16.
         """
         done: bool = self._checked.run(
             x.data_ptr(),

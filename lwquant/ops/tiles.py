@@ -22,8 +22,6 @@ from lwquant.ops.native import OutlierTensors
 from lwquant.ops.schema import LIBRARY, check_input, check_outliers, pack
 from lwquant.scheme import QuantScheme, row_words
 
-MOST_BF16_TOKENS = 16  # that the kernel converts itself
-
 _OUTLIERS = "Tensor? outlier_values=None, Tensor? outlier_columns=None, Tensor? outlier_rows=None"
 LIBRARY.define(
     f"linear_tiled(Tensor x, Tensor tiles, Tensor? bias, int out_features, {_OUTLIERS}, "
@@ -117,14 +115,15 @@ def _run(
     kernel: native.TiledLinear, x: Tensor, bias: Tensor | None, activation_bits: int
 ) -> Tensor:
     """By the kernel where it can and is faster, else by panels."""
-    wide, wide_bias = _wide(x), None if bias is None else _wide(bias)
+    wide_bias = None if bias is None else _wide(bias)
     y = None
     if not native.panels_are_faster(x.numel() // kernel.in_features):
-        y = kernel(wide, wide_bias, activation_bits)
+        read = x.contiguous() if x.dtype is torch.bfloat16 else _wide(x)
+        y = kernel(read, wide_bias, activation_bits)
     if y is None:  # or NaN or infinity among the inputs, which integers cannot hold
-        y = native.tiled_panels(kernel, wide.reshape(-1, kernel.in_features), wide_bias)
+        y = native.tiled_panels(kernel, _wide(x).reshape(-1, kernel.in_features), wide_bias)
         y = y.view(*x.shape[:-1], kernel.out_features)
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -159,13 +158,10 @@ class _Seen(NamedTuple):
 
 
 def _is_kept(x: Tensor, n_tokens: int) -> bool:
-    """Whether the kernel alone may serve more of such inputs.
-
-    It reads no float16, and torch converts many tokens faster than it does.
-    """
+    """Whether the kernel alone may serve more of such inputs; it reads no float16."""
     if not n_tokens or native.panels_are_faster(n_tokens):
         return False
-    return x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and n_tokens <= MOST_BF16_TOKENS)
+    return x.dtype is torch.float32 or x.dtype is torch.bfloat16
 
 
 class TiledLinear:
@@ -173,7 +169,7 @@ class TiledLinear:
 
     The dispatcher, the autograd wrapper of an operator written in Python and the checks of every
     tensor take longer than the product with a small layer. So what was found out about a shape is
-    kept until another comes, a few tokens in bf16 are converted within the call, and results are
+    kept until another comes, bf16 is converted within the call, and results are
     made like a tensor that is there: with a shape in numbers that takes a microsecond more.
     """
 

@@ -14,23 +14,11 @@ using namespace lwquant;
 
 namespace {
 
-void check_linear(const Layer& l, const Tiles& tiles, int64_t n_tokens, int bits, Random& random) {
+// Whether y is what the layer makes of x, up to what its roundings may change; `place` is what the
+// last place of a result is worth.
+void check_results(const Layer& l, const Exact<float>& x, const Exact<float>& y, int64_t n_tokens,
+                   int bits, bool in_bf16, double place) {
   const int64_t in = l.is.in_features, out = l.is.out_features;
-  Exact<float> x(n_tokens * in), y(n_tokens * out), again(n_tokens * out);
-  const float factor = l.is.values == Values::kTiny   ? 1e-41f
-                       : l.is.values == Values::kHuge ? 1e27f
-                                                      : 1.0f;
-  for (int64_t k = 0; k < x.size(); ++k) {
-    x[k] = l.is.values == Values::kSaturating ? (k % 2 ? 1.0f : -1.0f) : random.symmetric() * factor;
-  }
-  if (!linear(tiles, l.weight.outliers, l.bias.get(), x.get(), n_tokens, bits, 1, y.get()) ||
-      !linear(tiles, l.weight.outliers, l.bias.get(), x.get(), n_tokens, bits, 3, again.get())) {
-    fail(l.is, "linear refused finite inputs");
-  }
-  if (memcmp(y.get(), again.get(), sizeof(float) * static_cast<size_t>(y.size())) != 0) {
-    fail(l.is, "three threads give another result");
-  }
-  const bool in_bf16 = runs_in_bf16(l.is.bits, n_tokens, bits);
   double errors = 0, products = 0;  // squares: roundings of different products do not add up
   for (int64_t t = 0; t < n_tokens; ++t) {
     double largest = 0x1p-100;
@@ -52,8 +40,9 @@ void check_linear(const Layer& l, const Tiles& tiles, int64_t n_tokens, int bits
         products += pow(value * (base + 0x1p-6 * l.scales[group]), 2);
       }
       const double half_step = 0.51 * largest / largest_activation(bits);
-      const double bound = (in_bf16 ? rounded : half_step * step) +
-                           static_cast<double>(in + 32) * 0x1p-24 * size;
+      double bound = (in_bf16 ? rounded : half_step * step) +
+                     static_cast<double>(in + 32) * 0x1p-24 * size;
+      bound += place / 2 * (fabs(exact) + bound + 0x1p-126);
       if (!(fabs(y[t * out + r] - exact) <= bound)) fail(l.is, "linear is off");
       errors += pow(y[t * out + r] - exact, 2);
       products += pow(0x1p-16 * size, 2);
@@ -62,6 +51,51 @@ void check_linear(const Layer& l, const Tiles& tiles, int64_t n_tokens, int bits
   if (in_bf16 && l.is.values == Values::kUsual && errors > 0x1p-13 * products) {
     fail(l.is, "linear is off on average");
   }
+}
+
+// The same inputs in bf16 give the same results, rounded, or those of another way to compute them.
+void check_bf16(const Layer& l, const Tiles& tiles, const Exact<float>& x, int64_t n_tokens,
+                int bits) {
+  const int64_t out = l.is.out_features;
+  Exact<uint16_t> narrow(x.size()), y(n_tokens * out), expected(n_tokens * out);
+  Exact<float> wide(x.size()), of_wide(n_tokens * out);
+  narrow_to_bf16(x.get(), x.size(), narrow.get());
+  widen_bf16(narrow.get(), x.size(), wide.get());
+  const Outliers& outliers = l.weight.outliers;
+  if (!linear(tiles, outliers, l.bias.get(), narrow.get(), n_tokens, bits, 3, y.get()) ||
+      !linear(tiles, outliers, l.bias.get(), wide.get(), n_tokens, bits, 1, of_wide.get())) {
+    fail(l.is, "linear refused finite inputs");
+  }
+  const bool in_bf16 = runs_in_bf16(l.is.bits, n_tokens, bits, true);
+  if (in_bf16 == runs_in_bf16(l.is.bits, n_tokens, bits, false)) {
+    narrow_to_bf16(of_wide.get(), of_wide.size(), expected.get());
+    const size_t n_bytes = sizeof(uint16_t) * static_cast<size_t>(y.size());
+    if (memcmp(y.get(), expected.get(), n_bytes) != 0) fail(l.is, "bf16 is not rounded float32");
+  } else {
+    widen_bf16(y.get(), y.size(), of_wide.get());
+    check_results(l, wide, of_wide, n_tokens, bits, in_bf16, 0x1p-7);
+  }
+}
+
+void check_linear(const Layer& l, const Tiles& tiles, int64_t n_tokens, int bits, Random& random) {
+  const int64_t in = l.is.in_features, out = l.is.out_features;
+  Exact<float> x(n_tokens * in), y(n_tokens * out), again(n_tokens * out);
+  const float factor = l.is.values == Values::kTiny   ? 1e-41f
+                       : l.is.values == Values::kHuge ? 1e27f
+                                                      : 1.0f;
+  for (int64_t k = 0; k < x.size(); ++k) {
+    x[k] = l.is.values == Values::kSaturating ? (k % 2 ? 1.0f : -1.0f) : random.symmetric() * factor;
+  }
+  if (!linear(tiles, l.weight.outliers, l.bias.get(), x.get(), n_tokens, bits, 1, y.get()) ||
+      !linear(tiles, l.weight.outliers, l.bias.get(), x.get(), n_tokens, bits, 3, again.get())) {
+    fail(l.is, "linear refused finite inputs");
+  }
+  if (memcmp(y.get(), again.get(), sizeof(float) * static_cast<size_t>(y.size())) != 0) {
+    fail(l.is, "three threads give another result");
+  }
+  const bool in_bf16 = runs_in_bf16(l.is.bits, n_tokens, bits, false);
+  check_results(l, x, y, n_tokens, bits, in_bf16, 0);
+  check_bf16(l, tiles, x, n_tokens, bits);
   memset(&x[x.size() - 1], 0xff, sizeof(float));  // NaN of all bits, which adding to them would lose
   const bool took_it = linear(tiles, l.weight.outliers, nullptr, x.get(), n_tokens, bits, 1, y.get());
   if (took_it != in_bf16) fail(l.is, "linear and its rule differ on NaN");

@@ -66,8 +66,11 @@ def test_many_tokens_are_within_the_bound_of_bf16(bits, group_size, zeros):
 
 
 def test_more_tokens_and_inputs_than_fit_at_a_time():
-    for in_features in (4096, 4097, 9000):
-        check(random_layer(40, in_features, 3, 64, bias=True), random_inputs(130, in_features), 8)
+    for in_features, n in ((4096, 130), (4097, 230), (9000, 170), (600, 900)):
+        layer, x = random_layer(70, in_features, 3, 64, bias=True), random_inputs(n, in_features)
+        check(layer, x, 8)
+        got = layer.linear(x.bfloat16(), activation_bits=8)
+        assert torch.equal(got, layer.linear(x.bfloat16().float(), activation_bits=8).bfloat16())
 
 
 @pytest.mark.parametrize("bits", [7, 8])
@@ -76,6 +79,19 @@ def test_wide_codes_keep_integers_with_16_bit_activations(bits):
     x = random_inputs(FEWEST, 192)
     assert torch.equal(layer.linear(x)[:8], layer.linear(x[:8]))
     check(layer, x, 8)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_wide_codes_are_rounded_where_inputs_are(bits):
+    layer = random_layer(40, 192, bits, 64)
+    x = random_inputs(FEWEST, 192).bfloat16()
+    exact, _ = layer.oracle(x)
+    got = layer.linear(x)
+    assert torch.equal(got, layer.linear(x.float(), activation_bits=8).bfloat16())
+    assert not torch.equal(got, layer.linear(x.float()).bfloat16())
+    # All roundings together, of weights and results: about what rounding the results takes alone.
+    results = (exact.bfloat16().double() - exact).norm()
+    assert results < (got.double() - exact).norm() < 2 * results
 
 
 def test_one_token_fewer_than_many_is_as_few_are():
@@ -113,6 +129,8 @@ def test_infinity_and_nan_stay_with_their_tokens():
     assert not expected[:4].isfinite().any() and expected[4:].isfinite().all()
     got = layer.linear(x)
     torch.testing.assert_close(got, expected, equal_nan=True, rtol=0.05, atol=0.5)
+    in_bf16 = layer.linear(x.bfloat16()).float()
+    torch.testing.assert_close(in_bf16, expected, equal_nan=True, rtol=0.05, atol=0.5)
 
 
 def test_outliers_are_added_in_float32():
@@ -123,3 +141,7 @@ def test_outliers_are_added_in_float32():
     dense = outliers.added_to(torch.zeros(33, 1000))
     got = layer.linear(x, *stored(outliers, 1000))
     torch.testing.assert_close(got, without + x @ dense.T, rtol=1e-5, atol=1e-4)
+    narrow = random_inputs(600, 1000).bfloat16()  # more than are taken at a time
+    got = layer.linear(narrow, *stored(outliers, 1000))
+    assert torch.equal(got, layer.linear(narrow.float(), *stored(outliers, 1000)).bfloat16())
+    assert torch.equal(got[-80:], layer.linear(narrow[-80:], *stored(outliers, 1000)))

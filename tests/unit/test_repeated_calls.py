@@ -9,7 +9,7 @@ from test_quantized_linear import random_weight
 from lwquant import ops
 from lwquant.errors import LwquantError
 from lwquant.nn.linear import QuantizedLinear
-from lwquant.ops import native, tiles
+from lwquant.ops import native
 from lwquant.scheme import QuantScheme
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="without kernels there are no tiles")
@@ -62,8 +62,9 @@ def test_the_second_call_gives_the_same_to_the_bit(short, shape, bias):
 
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [1.0, 1e-38, 1e37])
-def test_a_few_tokens_in_bf16_give_what_float32_gives_rounded(short, scale):
-    x = (scale * torch.randn(tiles.MOST_BF16_TOKENS, INPUTS)).bfloat16()
+@pytest.mark.parametrize("n_tokens", [1, 16, 70])
+def test_bf16_gives_what_float32_gives_rounded(short, n_tokens, scale):
+    x = (scale * torch.randn(n_tokens, INPUTS)).bfloat16()
     layer = fresh(bias=False)
     first, second = layer(x), layer(x)
     wanted = fresh(bias=False)(x.float()).bfloat16()
@@ -71,9 +72,6 @@ def test_a_few_tokens_in_bf16_give_what_float32_gives_rounded(short, scale):
     for found in (first, second):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     assert short == [second.shape] * (not native.panels_are_faster(len(x)))
-    more = x.repeat(2, 1)
-    assert torch.equal(layer(more), layer(more))
-    assert len(short) <= 1
 
 
 @torch.no_grad()
