@@ -43,7 +43,8 @@ class QuantizedLinear(nn.Module):
 
     On a CPU, and without outliers on an NVIDIA GPU, qweight, scales and zeros are laid out as the
     kernels read them, see prepare(), and are None from then on; the buffer `tiles` is what they
-    became. `state_dict()` has them all the same; copying and moving bring them back.
+    became. `state_dict()` and copies have them all the same. Tiles stay where they are until the
+    layer moves to another device: a CUDA graph may have their address.
     """
 
     qweight: Tensor
@@ -224,7 +225,11 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        self.restore()
+        tiles = self._buffers["tiles"]
+        moves = tiles is not None and fn(tiles.new_empty(0)).device != tiles.device
+        if moves:
+            self.restore()
+        self._buffers["tiles"] = None
         # `.to(dtype)`, `.half()`, `.bfloat16()` would convert scales and outliers and lose bits; as
         # integers they are moved like any buffer but never converted.
         floats = [
@@ -237,6 +242,9 @@ class QuantizedLinear(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self._view_buffers(floats, torch.float16)
+            self._buffers["tiles"] = None if moves else tiles
+        if moves:  # now, since torch.compile does not do it when it traces a call
+            self.prepare()
         return self
 
     def _view_buffers(self, names: list[str], dtype: torch.dtype) -> None:
@@ -246,7 +254,6 @@ class QuantizedLinear(nn.Module):
             self._buffers[name] = buffer.view(dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # The tiles stay where they are: a CUDA graph may have their address.
         tiled = self._buffers
         with _LAYOUT:
             self._buffers = {**tiled, **self._stored()}
@@ -256,8 +263,9 @@ class QuantizedLinear(nn.Module):
                 self._buffers = tiled
 
     def __getstate__(self) -> dict[str, Any]:
-        self.restore()
-        return self.__dict__
+        with _LAYOUT:
+            buffers = {**self._buffers, **self._stored(), "tiles": None}
+        return {**self.__dict__, "_buffers": buffers, "_kernel": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As every module, but refuses floats of another dtype rather than rounding them."""

@@ -180,7 +180,8 @@ tiled = pytest.mark.skipif(not ops.compiled(), reason="tiles are for the compile
 @tiled
 @by_label
 def test_the_first_call_lays_it_out_for_the_kernels_and_what_is_saved_stays_the_same(scheme):
-    layer = QuantizedLinear.from_weight(random_weight(scheme), torch.randn(24))
+    bias = torch.randn(24).bfloat16().float()
+    layer = QuantizedLinear.from_weight(random_weight(scheme), bias)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     x = torch.randn(2, 100)
     wanted = layer(x)
@@ -195,18 +196,37 @@ def test_the_first_call_lays_it_out_for_the_kernels_and_what_is_saved_stays_the_
     assert layer.tiles is tiles and (layer.qweight is None) == laid_out
     for change in (
         lambda: copy.deepcopy(layer),
+        lambda: pickle.dumps(layer),
         lambda: layer.to(torch.float32),
-        lambda: layer.load_state_dict(before),
+        lambda: layer.to("cpu"),
+        layer.bfloat16,
+        layer.float,
     ):
-        assert torch.equal(layer(x), wanted)
         change()
-        assert layer.qweight is not None
-        after = layer.state_dict()
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[name], before[name]) for name in before)
-    layer(x)
-    assert torch.equal(copy.deepcopy(layer)(x), wanted)
+        assert layer.tiles is tiles and (layer.qweight is None) == laid_out
+    twin = copy.deepcopy(layer)
+    assert twin.qweight is not None and twin.tiles is None
+    assert torch.equal(twin.to(torch.float32)(x), wanted)
     assert pickle.loads(pickle.dumps(layer)).qweight.equal(before["qweight"])
+    layer.load_state_dict(before)
+    assert layer.qweight is not None and layer.tiles is None
+    assert torch.equal(layer(x), wanted)
+
+
+@tiled
+def test_a_layer_that_moves_is_laid_out_again_there_before_it_is_called():
+    layer = QuantizedLinear.from_weight(random_weight(SCHEMES[0]), torch.randn(24))
+    x = torch.randn(2, 100)
+    wanted = layer(x)
+    before = layer.tiles
+    # No second device is here: what it asks about is told to move, and its tensors stay.
+    layer._apply(lambda tensor: tensor if tensor.numel() else tensor.to("meta"))
+    assert layer.tiles is not before and layer.qweight is None
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), wanted)
+    layer.to("meta")
+    assert layer.tiles is None and layer.qweight.is_meta
 
 
 @tiled
