@@ -186,16 +186,15 @@ def test_the_device_refuses_what_cuda_refuses():
 
 
 @needs_gpu
-def test_a_gpu_rounds_nearly_all_weights_as_the_cpu_does(tiny_folder, tmp_path):
-    """The same plan; sums have another order there, and some weights go the other way."""
+def test_a_gpu_quantizes_as_well_as_the_cpu(tiny_folder, tmp_path):
+    """Sums have another order there: some weights go the other way, and plans where costs tie."""
     results = {}
     for device in ("cpu", "cuda"):
         results[device] = lwquant.quantize(
             tiny_folder, bpw=3.6, output=tmp_path / device, recipe=SMALL.changed(n_samples=12),
             device=device, progress=lambda *_: None,
         )  # fmt: skip
-    plans = [result.plan.schemes for result in results.values()]
-    assert plans[0] == plans[1]
+    assert results["cuda"].bpw == pytest.approx(results["cpu"].bpw, rel=0.02)
     kl = [result.held_out.kl_divergence for result in results.values()]
     assert kl[1] == pytest.approx(kl[0], rel=0.15)
 

@@ -39,9 +39,11 @@ const gpu::Driver& required_driver() {
 struct GpuKernels {
   gpu::Module module;
   GpuKernels(const nb::bytes& code, int device_index, int bits, int activation_bits,
-             int span_blocks) {
+             int span_blocks, int n_multiprocessors) {
+    require(activation_bits == 8 || activation_bits == 16, "activations have 8 or 16 bits");
+    require(n_multiprocessors >= 1, "a GPU has a multiprocessor");
     require_done(gpu::load_module(required_driver(), device_index, code.data(), bits,
-                                  activation_bits, span_blocks, &module));
+                                  activation_bits, span_blocks, n_multiprocessors, &module));
   }
 };
 
@@ -66,15 +68,14 @@ class GpuLayer {
   int bits() const { return tiles_.is.bits; }
   int span() const { return static_cast<int>(span_blocks(tiles_)); }
 
-  int64_t workspace_bytes(int64_t n_tokens, int activation_bits, int n_multiprocessors) const {
-    return plan(n_tokens, activation_bits, n_multiprocessors).workspace_bytes;
+  int64_t workspace_bytes(const GpuKernels& kernels, int64_t n_tokens) const {
+    return plan(kernels, n_tokens).workspace_bytes;
   }
 
   void multiply(const GpuKernels& kernels, Address x, int x_type, int64_t n_tokens, Address bias,
                 int bias_type, Address y, Address workspace, int64_t workspace_bytes,
-                int n_multiprocessors, Address stream) const {
-    require_kind(kernels);
-    const gpu::Plan found = plan(n_tokens, kernels.module.activation_bits, n_multiprocessors);
+                Address stream) const {
+    const gpu::Plan found = plan(kernels, n_tokens);
     require(workspace_bytes >= found.workspace_bytes, "too small a workspace");
     require(x && y && workspace && workspace % 16 == 0, "an address is missing or not aligned");
     const gpu::Float type = float_type(x_type);
@@ -94,11 +95,10 @@ class GpuLayer {
   }
 
  private:
-  gpu::Plan plan(int64_t n_tokens, int activation_bits, int n_multiprocessors) const {
+  gpu::Plan plan(const GpuKernels& kernels, int64_t n_tokens) const {
+    require_kind(kernels);
     require(n_tokens >= 1 && n_tokens <= gpu::kManyTokens, "kernels take 1..64 tokens");
-    require(activation_bits == 8 || activation_bits == 16, "activations have 8 or 16 bits");
-    require(n_multiprocessors >= 1, "a GPU has a multiprocessor");
-    return gpu::make_plan(tiles_, n_tokens, activation_bits, n_multiprocessors);
+    return gpu::make_plan(kernels.module, tiles_, n_tokens);
   }
   void require_kind(const GpuKernels& kernels) const {
     require(kernels.module.bits == bits() && kernels.module.span_blocks == span(),
@@ -138,7 +138,8 @@ class GpuRounding {
 
 void bind_gpu(nb::module_& m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
-  nb::class_<GpuKernels>(m, "GpuKernels").def(nb::init<const nb::bytes&, int, int, int, int>());
+  nb::class_<GpuKernels>(m, "GpuKernels")
+      .def(nb::init<const nb::bytes&, int, int, int, int, int>());
   nb::class_<GpuLayer>(m, "GpuLayer")
       .def(nb::init<const nb::bytes&, Address, int64_t, int64_t, int64_t>())
       .def_prop_ro("bits", &GpuLayer::bits)

@@ -27,7 +27,8 @@ bool find_all() {
          find(library, "cuDeviceGet", &found.find_device) &&
          find(library, "cuDevicePrimaryCtxRetain", &found.retain_context) &&
          find(library, "cuCtxGetCurrent", &found.get_context) &&
-         find(library, "cuCtxSetCurrent", &found.set_context);
+         find(library, "cuCtxSetCurrent", &found.set_context) &&
+         find(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", &found.count_resident);
 }
 #else
 bool find_all() { return false; }

@@ -10,12 +10,6 @@ constexpr const char* kRefused = "the driver refused the kernels";
 
 constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// So many warps on a multiprocessor have enough loads under way to hide the latency of memory.
-constexpr int kWarpsEach = 32;
-constexpr int kFewestWarps = 4;
-// And so many blocks of the others.
-constexpr int kBlocksEach = 2;
-
 struct Grid {
   int64_t x, y, z;
 };
@@ -100,6 +94,28 @@ const char* launch(const Module& module, Kernel kernel, Grid grid, int n_threads
   return launch(module.place, module.functions[kernel], grid, n_threads, stream, arguments);
 }
 
+// Both as large as they can be with every block running at once: a few blocks that are left for a
+// second turn take as long as all others, and memory is idle where too few loads are under way.
+int few_warps(const Module& module, int64_t n_tiles, int n_chunks) {
+  int size = 0;
+  while (size + 1 < kFewSizes && n_tiles > module.few_at_a_time[size]) ++size;
+  return std::min(kMostFewWarps >> size, static_cast<int>(divided_up(n_chunks, 2)));
+}
+
+int splits(int64_t at_a_time, int64_t n_blocks, int n_chunks) {
+  const int64_t most = std::min<int64_t>(kMostSplits, n_chunks);
+  return static_cast<int>(std::clamp<int64_t>(at_a_time / n_blocks, 1, most));
+}
+
+int count_at_a_time(const Module& module, Kernel kernel, int n_warps, int n_multiprocessors,
+                    int64_t* out) {
+  int each = 0;
+  const int error = module.place.driver->count_resident(&each, module.functions[kernel],
+                                                        n_warps * kWarp, 0);
+  *out = int64_t{each} * n_multiprocessors;
+  return error;
+}
+
 Kernel kernel_for(const Plan& plan) {
   if (!plan.many) return kMultiplyFew1;
   if (plan.layout_tokens == 8) return kMultiplyMany8;
@@ -109,8 +125,8 @@ Kernel kernel_for(const Plan& plan) {
 }  // namespace
 
 const char* load_module(const Driver& driver, int device_index, const void* image, int bits,
-                        int activation_bits, int span_blocks, Module* out) {
-  *out = {{}, bits, activation_bits, span_blocks, {}};
+                        int activation_bits, int span_blocks, int n_multiprocessors, Module* out) {
+  *out = {{}, bits, activation_bits, span_blocks, {}, {}, {}};
   int error = find_place(driver, device_index, &out->place);
   if (error) return text_of(driver, error, kRefused);
   const InContext here(out->place);
@@ -120,6 +136,14 @@ const char* load_module(const Driver& driver, int device_index, const void* imag
   for (int k = 0; k < kKernels && !error; ++k) {
     error = driver.find_function(&out->functions[k], module, kKernelNames[k]);
   }
+  for (int size = 0; size < kFewSizes && !error; ++size) {
+    error = count_at_a_time(*out, kMultiplyFew1, kMostFewWarps >> size, n_multiprocessors,
+                            &out->few_at_a_time[size]);
+  }
+  for (const Kernel k : {kMultiplyMany8, kMultiplyMany16, kMultiplyMany32}) {
+    if (error) break;
+    error = count_at_a_time(*out, k, kManyWarps, n_multiprocessors, &out->many_at_a_time[k]);
+  }
   return text_of(driver, error, kRefused);
 }
 
@@ -128,8 +152,8 @@ bool fits_gpu(const Tiles& t) {
   return t.is.in_features <= kMost && t.is.out_features <= kMost;
 }
 
-Plan make_plan(const Tiles& t, int64_t n_tokens, int activation_bits, int n_multiprocessors) {
-  const int64_t planes = activation_bits / 8, span = span_blocks(t);
+Plan make_plan(const Module& module, const Tiles& t, int64_t n_tokens) {
+  const int64_t planes = module.activation_bits / 8, span = span_blocks(t);
   Plan plan{};
   plan.many = n_tokens > kFewTokens;
   plan.n_chunks = static_cast<int>(divided_up(t.padded_inputs, kChunkBlocks * kBlockInputs));
@@ -140,16 +164,9 @@ Plan make_plan(const Tiles& t, int64_t n_tokens, int activation_bits, int n_mult
     plan.layout_tokens = n_tokens <= 8 ? 8 : n_tokens <= 16 ? 16 : kGroupTokens;
     plan.n_layouts = static_cast<int>(divided_up(n_tokens, kGroupTokens));
     const int64_t blocks = plan.n_layouts * divided_up(t.n_tiles, kManyWarps);
-    const int64_t wanted = divided_up(kBlocksEach * n_multiprocessors, blocks);
-    const int64_t most = std::min<int64_t>(kMostSplits, plan.n_chunks);
-    plan.n_splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, most));
+    plan.n_splits = splits(module.many_at_a_time[kernel_for(plan)], blocks, plan.n_chunks);
   } else {
-    plan.few_warps = kMostFewWarps;
-    while (plan.few_warps > kFewestWarps &&
-           t.n_tiles * plan.few_warps > kWarpsEach * int64_t{n_multiprocessors}) {
-      plan.few_warps /= 2;
-    }
-    plan.few_warps = std::min(plan.few_warps, static_cast<int>(divided_up(plan.n_chunks, 2)));
+    plan.few_warps = few_warps(module, t.n_tiles, plan.n_chunks);
   }
   const int64_t token_bytes = planes * kChunkBlocks * kBlockInputs + kChunkBlocks / span * 8;
   plan.layout_bytes = plan.n_chunks * plan.layout_tokens * token_bytes;

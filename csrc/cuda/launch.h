@@ -3,6 +3,7 @@
 // The driver is reached through a table of its functions, since no machine is built with it: a user's
 // has it in libcuda, the tests have one that runs the kernels on the CPU.
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 #include "../column_block.h"
@@ -24,6 +25,8 @@ struct Driver {
   int (*retain_context)(void** context, int device);  // cuDevicePrimaryCtxRetain
   int (*get_context)(void** context);                 // cuCtxGetCurrent
   int (*set_context)(void* context);                  // cuCtxSetCurrent
+  // cuOccupancyMaxActiveBlocksPerMultiprocessor
+  int (*count_resident)(int* n_blocks, void* function, int block_threads, size_t shared_bytes);
 };
 
 const Driver* system_driver();  // null where there is none
@@ -49,19 +52,24 @@ struct Place {
   void* context;
 };
 
-// Machine code of csrc/cuda/kernels.cu for one kind of layer, loaded.
+constexpr int kFewSizes = 3;  // of blocks for one token: kMostFewWarps, half of them, a quarter
+
+// Machine code of csrc/cuda/kernels.cu for one kind of layer, loaded, and how many blocks of a kernel
+// the whole GPU runs at a time: registers decide it.
 struct Module {
   Place place;
   int bits, activation_bits, span_blocks;
   void* functions[kKernels];
+  int64_t few_at_a_time[kFewSizes];
+  int64_t many_at_a_time[kKernels];  // of those for more tokens
 };
 
 // Null, or what went wrong.
 const char* load_module(const Driver&, int device_index, const void* image, int bits,
-                        int activation_bits, int span_blocks, Module* out);
+                        int activation_bits, int span_blocks, int n_multiprocessors, Module* out);
 
 // How up to kManyTokens tokens are multiplied. Follows from the layer, the number of tokens and the
-// number of multiprocessors, and says how much workspace is needed, for run() to use as it likes.
+// kernels on this GPU, and says how much workspace is needed, for run() to use as it likes.
 struct Plan {
   bool many;          // by tensor cores
   int layout_tokens;  // of one layout of rounded activations
@@ -75,7 +83,7 @@ struct Plan {
 };
 
 bool fits_gpu(const Tiles&);  // whether its sizes fit the kernels' integers
-Plan make_plan(const Tiles&, int64_t n_tokens, int activation_bits, int n_multiprocessors);
+Plan make_plan(const Module&, const Tiles&, int64_t n_tokens);
 
 // A call. Addresses are the GPU's; `workspace` is aligned to 16 bytes.
 struct Call {

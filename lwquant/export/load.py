@@ -17,6 +17,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lwquant import ops
 from lwquant.errors import CheckpointError
 from lwquant.export.format import (
     QUANT_METHOD,
@@ -97,10 +98,11 @@ class LwquantQuantizer(HfQuantizer):
         check_tensors(needed | packed, found)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Lay the weights out for the kernels.
+        """Lay the weights out for the kernels, and compile those of GPUs.
 
         Raises CheckpointError where the outliers of a linear lie outside it.
         """
+        laid_out = []
         for name, module in model.named_modules():
             if not isinstance(module, QuantizedLinear):
                 continue
@@ -114,7 +116,9 @@ class LwquantQuantizer(HfQuantizer):
                 module.check_outliers()
             except ValueError as error:
                 raise CheckpointError(f"{name}: {error}") from error
-            module.prepare()
+            if kernel := module.prepare():
+                laid_out.append((kernel, module.activation_bits))
+        ops.compile_ahead(laid_out)
 
     def is_serializable(self) -> bool:
         return True

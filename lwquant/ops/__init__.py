@@ -17,6 +17,7 @@ from lwquant.ops.native import (
 from lwquant.ops.schema import dequantize, linear, pack, unpack
 from lwquant.ops.tiles import (
     TiledLinear,
+    compile_ahead,
     dequantize_tiled,
     linear_tiled,
     make_tiles,
@@ -28,6 +29,7 @@ __all__ = [
     "TiledLinear",
     "UncompiledWarning",
     "available_isas",
+    "compile_ahead",
     "compiled",
     "dequantize",
     "dequantize_tiled",

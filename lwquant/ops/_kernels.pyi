@@ -100,7 +100,14 @@ GPU_TOKENS: int
 
 class GpuKernels:
     def __init__(
-        self, code: bytes, bits: int, activation_bits: int, span_blocks: int, /
+        self,
+        code: bytes,
+        device_index: int,
+        bits: int,
+        activation_bits: int,
+        span_blocks: int,
+        n_multiprocessors: int,
+        /,
     ) -> None: ...
 
 class GpuLayer:
@@ -111,9 +118,7 @@ class GpuLayer:
     def bits(self) -> int: ...
     @property
     def span_blocks(self) -> int: ...
-    def workspace_bytes(
-        self, n_tokens: int, activation_bits: int, n_multiprocessors: int, /
-    ) -> int: ...
+    def workspace_bytes(self, kernels: GpuKernels, n_tokens: int, /) -> int: ...
     def multiply(
         self,
         kernels: GpuKernels,
@@ -125,7 +130,6 @@ class GpuLayer:
         y: int,
         workspace: int,
         workspace_bytes: int,
-        n_multiprocessors: int,
         stream: int,
         /,
     ) -> None: ...

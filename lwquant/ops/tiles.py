@@ -6,6 +6,7 @@ CPUs and for NVIDIA GPUs (lwquant/ops/cuda). Which layer a buffer of tiles holds
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -179,10 +180,12 @@ class TiledLinear:
         self.tiles, self._outliers = tiles, outliers
         self._out_features, self._in_features = out_features, in_features
         self._kernel: native.TiledLinear | None = None
+        self._on_gpu: cuda.TilesOnGpu | None = None
         if tiles.is_cpu:
             self._kernel = native.TiledLinear(tiles, out_features, in_features, outliers)
         elif tiles.is_cuda:
-            cuda.layer_of(tiles, out_features, in_features)  # waits for the GPU: calls need not
+            # This waits for the GPU, so that calls need not.
+            self._on_gpu = cuda.on_gpu_of(tiles, out_features, in_features)
         self._seen: _Seen | None = None  # read and replaced as a whole: threads may call at once
 
     def __call__(self, x: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor:
@@ -222,6 +225,15 @@ class TiledLinear:
             like = torch.empty(1, dtype=x.dtype).expand(*x.shape[:-1], kernel.out_features)
             self._seen = _Seen(x.shape, x.dtype, n_tokens, like)
         return _run(kernel, x, bias, activation_bits)
+
+
+def compile_ahead(layers: Iterable[tuple[TiledLinear, int]]) -> None:
+    """Compile what layers on GPUs need, each with its activation bits; else their first calls do.
+
+    LwquantError where there is no compiler, or it cannot do it.
+    """
+    wanted = [(layer._on_gpu, bits) for layer, bits in layers if layer._on_gpu is not None]
+    cuda.compile_ahead(wanted)
 
 
 def _dequantize(

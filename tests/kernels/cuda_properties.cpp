@@ -62,12 +62,35 @@ struct Gpu {
   int n_multiprocessors;
 };
 
+// Whether all blocks run at a time, and would not if there were twice as many warps or one split
+// more; as far as a block may be that small and a split that short.
+void check_plan(const Layer& l, const Gpu& gpu, const Tiles& tiles, const Plan& plan) {
+  const int64_t warps = int64_t{emulated_modules::kResidentThreads / kWarp} * gpu.n_multiprocessors;
+  const int64_t n_tiles = tiles.n_tiles;
+  if (plan.many) {
+    const int64_t blocks = plan.n_layouts * ((n_tiles + kManyWarps - 1) / kManyWarps);
+    const bool fits = blocks * plan.n_splits * kManyWarps <= warps;
+    const bool more_would = blocks * (plan.n_splits + 1) * kManyWarps <= warps;
+    const bool may_be_more = plan.n_splits < kMostSplits && plan.n_splits < plan.n_chunks;
+    if ((!fits && plan.n_splits > 1) || (more_would && may_be_more)) fail(l.is, "splits are off");
+    return;
+  }
+  const auto fit = [&](int n_warps) {
+    const int each = emulated_modules::kResidentThreads / (n_warps * kWarp);
+    return n_tiles <= int64_t{each} * gpu.n_multiprocessors;
+  };
+  const int most = std::min(kMostFewWarps, (plan.n_chunks + 1) / 2);
+  const bool fewest = plan.few_warps <= kMostFewWarps >> (kFewSizes - 1);
+  if (!fit(plan.few_warps) && !fewest) fail(l.is, "blocks of one token are too large");
+  if (plan.few_warps < most && fit(2 * plan.few_warps)) fail(l.is, "blocks of one token are too small");
+}
+
 // One call, in the one order of threads.
 void run(const Layer& l, const OwnTiles& own, const Gpu& gpu, const Numbers& x, int64_t n_tokens,
          const Numbers& bias, emulated::Order order, Numbers& y) {
   emulated::machine().order = order;
-  const Plan plan =
-      make_plan(own.tiles, n_tokens, gpu.module.activation_bits, gpu.n_multiprocessors);
+  const Plan plan = make_plan(gpu.module, own.tiles, n_tokens);
+  check_plan(l, gpu, own.tiles, plan);
   const DeviceBytes workspace(plan.workspace_bytes);
   const Call call = {own.data.get(), x.get(),  x.type, n_tokens,        bias.get(),
                      bias.type,      y.get(), y.type, workspace.get(), nullptr};
@@ -215,7 +238,8 @@ void check(const Case& c, int span, int64_t number, Random& random) {
   if (number % 3) driver.retain_context(&before, 1 - device);
   driver.set_context(before);
   if (const char* error =
-          load_module(driver, device, image, c.bits, 8 * planes, span, &gpu.module)) {
+          load_module(driver, device, image, c.bits, 8 * planes, span, gpu.n_multiprocessors,
+                      &gpu.module)) {
     fail(c, error);
   }
   // One of those that each kernel takes; the others in other cases.

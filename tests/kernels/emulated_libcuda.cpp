@@ -45,5 +45,10 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 
 int cuCtxGetCurrent(void** context) { return emulated_modules::driver().get_context(context); }
 
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n_blocks, void* function, int block_threads,
+                                                size_t shared_bytes) {
+  return emulated_modules::driver().count_resident(n_blocks, function, block_threads, shared_bytes);
+}
+
 int cuCtxSetCurrent(void* context) { return emulated_modules::driver().set_context(context); }
 }

@@ -98,11 +98,18 @@ int set_context(void* context) {
   return 0;
 }
 
+int count_resident(int* n_blocks, void* function, int block_threads, size_t) {
+  if (static_cast<const LoadedFunction*>(function)->context != current) return kInvalidContext;
+  *n_blocks = kResidentThreads / block_threads;
+  return 0;
+}
+
 }  // namespace
 
 const gpu::Driver& driver() {
   static const gpu::Driver own = {load_module,    find_function,  launch,      error_text,
-                                  find_device,    retain_context, get_context, set_context};
+                                  find_device,    retain_context, get_context, set_context,
+                                  count_resident};
   return own;
 }
 

@@ -32,6 +32,7 @@ struct Known {
   explicit Known(const Module (&modules)[3]);
 };
 
+constexpr int kResidentThreads = 768;  // of every kernel, on a multiprocessor
 const gpu::Driver& driver();
 // What driver().load_module() takes for an image; null where none was compiled.
 const Module* module_for(int bits, int planes, int span);

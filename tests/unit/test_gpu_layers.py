@@ -13,9 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from test_kernel_properties import built, needs_compiler
+from test_ops_linear import random_inputs, random_layer
+from test_quantized_linear import random_weight
 
+from lwquant import ops
 from lwquant.errors import LwquantError
+from lwquant.nn.linear import QuantizedLinear
 from lwquant.ops.cuda import device, nvrtc, tiled
+from lwquant.scheme import QuantScheme
 
 SCRIPT = """
 import concurrent.futures
@@ -26,7 +31,7 @@ sys.path += sys.argv[1:]
 from test_ops_linear import random_inputs, random_layer
 import torch
 from lwquant.ops import rounding as loops
-from lwquant.ops.cuda import driver, rounding, tiled
+from lwquant.ops.cuda import driver, nvrtc, rounding, tiled
 
 
 # With 3 bits the driver has 8-bit activations in groups of 64, 16-bit ones in the others, see
@@ -49,11 +54,12 @@ fake = mock.patch.multiple(
 with fake:
     for group_size, activation_bits in ((32, 16), (64, 8), (128, 16), (1000, 16)):
         layer = random_layer(40, 1000, 3, group_size, bias=True, fine=group_size == 64)
-        weight = tiled.dequantize(layer.tiles, 40, 1000)
+        tiles = layer.tiles
+        weight = tiled.dequantize(tiles, 40, 1000)
         for n in (1, 2, 9, 40, 65):
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 x = random_inputs(n, 1000).to(dtype)
-                got = tiled.linear(x, layer.tiles, layer.bias, 40, activation_bits)
+                got = tiled.linear(x, tiles, layer.bias, 40, activation_bits)
                 assert got.dtype == dtype and got.shape == (n, 40)
                 exact, error = layer.oracle(x, activation_bits)
                 unit = torch.finfo(dtype).eps / 2
@@ -73,8 +79,8 @@ with fake:
     assert torch.allclose(tiled.linear(x[0, 0, 0], layer.tiles, None, 40, 16), whole[0], atol=1e-3)
     for size in ((39, 1000), (40, 999)):
         try:
-            tiled._layers.clear()
-            tiled.layer_of(layer.tiles, *size)
+            tiled._known.clear()
+            tiled.on_gpu_of(layer.tiles, *size)
             raise SystemExit("tiles of another layer were taken")
         except ValueError as error:
             assert "40 x 1000" in str(error)
@@ -85,7 +91,7 @@ with fake:
         assert "CUDA: no kernel image" in str(error)
     for image, device, words in ((b"9 1 1\\0", 0, "refused the kernels"), (b"", 2, "ordinal")):
         try:
-            driver.kernels(image, device, 3, 16, 1)
+            driver.kernels(image, device, nvrtc.KernelKind(3, 16, 1), 3)
             raise SystemExit("an error was taken for success")
         except RuntimeError as error:
             assert words in str(error)
@@ -98,6 +104,18 @@ with fake:
     tiles.data = others
     same = tiled.dequantize(others, 40, 1000)
     assert torch.equal(tiled.dequantize(tiles, 40, 1000), same)
+    made = []
+    tiled._loaded.cache_clear()
+    with mock.patch.object(tiled, "compiled", lambda *kind: made.append(kind) or code(*kind)):
+        sizes = ((32, 16), (64, 8), (64, 8), (128, 16), (1000, 16))
+        layers = [(random_layer(40, 1000, 3, size).tiles, bits) for size, bits in sizes]
+        tiled.compile_ahead((tiled.on_gpu_of(each, 40, 1000), bits) for each, bits in layers)
+        assert len(made) == len(set(made)) == 3
+        for each, bits in layers:
+            tiled.linear(x, each, None, 40, bits)
+            tiled.dequantize(each, 40, 1000)  # by kernels that are there
+        tiled.compile_ahead([])
+        assert len(made) == 3
     # A thread of its own begins without a context.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         there = pool.submit(tiled.linear, x, layer.tiles, None, 40, 16).result()
@@ -143,7 +161,7 @@ def test_without_a_driver_kernels_are_refused_with_what_is_missing():
     from lwquant.ops.cuda import driver
 
     with pytest.raises(ValueError, match=r"no NVIDIA driver: libcuda.so.1"):
-        driver.kernels(b"", 0, 4, 16, 4)
+        driver.kernels(b"", 0, nvrtc.KernelKind(4, 16, 4), 132)
     with pytest.raises(ValueError, match=r"no NVIDIA driver: libcuda.so.1"):
         driver.rounding(b"", 0)
 
@@ -226,3 +244,42 @@ def test_a_compiled_kind_is_read_from_the_cache_until_sources_change(monkeypatch
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nobody's home is known
     assert cache.compiled(kind, "sm_90") == cache.ELF + b"code"
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_products_on_a_gpu_are_within_their_bound(bits, activation_bits):
+    layer = random_layer(70, 700, bits, 64, bias=True)
+    tiles, bias = layer.tiles.cuda(), layer.bias.cuda()
+    weight = ops.dequantize_tiled(tiles, 70, 700)
+    assert torch.equal(weight.cpu(), ops.dequantize_tiled(layer.tiles, 70, 700))
+    for n in (1, 2, 8, 9, 17, 33, 65):
+        x = random_inputs(n, 700)
+        exact, error = layer.oracle(x, activation_bits)
+        if n > 64:  # cuBLAS has the weight and x themselves
+            error += 2**-24 * 702 * (x.double().abs() @ weight.cpu().double().abs().T)
+        got = tiled.linear(x.cuda(), tiles, bias, 70, activation_bits)
+        assert ((got.cpu().double() - exact).abs() <= error).all()
+
+
+@needs_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("n_tokens", [1, 8, 65])
+def test_a_graph_computes_what_calls_do_and_keeps_its_tiles(n_tokens):
+    weight = random_weight(QuantScheme(4, 64), 256, 512)
+    layer = QuantizedLinear.from_weight(weight, torch.randn(256)).cuda()
+    inputs = torch.randn(2, n_tokens, 512, device="cuda")
+    wanted = [layer(x) for x in inputs]
+    assert not torch.equal(*wanted)
+    x, graph = torch.zeros_like(inputs[0]), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    layer.to("cuda").float().state_dict()
+    for each, expected in zip(inputs, wanted, strict=True):
+        x.copy_(each)
+        graph.replay()
+        assert torch.equal(y, expected)

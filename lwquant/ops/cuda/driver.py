@@ -10,6 +10,7 @@ from lwquant.ops.native import extension
 
 if TYPE_CHECKING:
     from lwquant.ops._kernels import GpuKernels, GpuLayer, GpuRounding
+    from lwquant.ops.cuda.nvrtc import KernelKind
 
 
 def most_tokens() -> int:
@@ -24,12 +25,15 @@ def layer(header: bytes, tiles: Tensor, out_features: int, in_features: int) -> 
     )
 
 
-def kernels(
-    code: bytes, device_index: int, bits: int, activation_bits: int, span_blocks: int
-) -> GpuKernels:
+def kernels(code: bytes, device_index: int, kind: KernelKind, n_multiprocessors: int) -> GpuKernels:
     """Machine code of csrc/cuda/kernels.cu, loaded into a GPU."""
     return extension().GpuKernels(  # type: ignore[no-any-return]
-        code, device_index, bits, activation_bits, span_blocks
+        code,
+        device_index,
+        kind.bits,
+        kind.activation_bits,
+        kind.span_blocks,
+        n_multiprocessors,
     )
 
 

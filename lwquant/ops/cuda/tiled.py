@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,14 +19,51 @@ from lwquant.ops.cuda.device import architecture, index, multiprocessors, stream
 from lwquant.ops.cuda.nvrtc import KernelKind
 
 if TYPE_CHECKING:
-    from lwquant.ops._kernels import GpuKernels, GpuLayer
+    from lwquant.ops._kernels import GpuKernels
 
 HEADER_BYTES = 64
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/cuda/arguments.h
 
-# Tiles say in their first bytes what they are. To read them means to wait for the GPU, so they are
-# read once for every tensor, with its address: `tensor.data = other` would leave another there.
-_layers = WeakTensorKeyDictionary()
+
+class TilesOnGpu:
+    """Tiles on a GPU and what their calls need: nothing is asked for twice.
+
+    Tiles say in their first bytes what they are; to read them means to wait for the GPU.
+    """
+
+    def __init__(self, tiles: Tensor, out_features: int, in_features: int) -> None:
+        """ValueError where the tiles are those of another layer."""
+        header = tiles[:HEADER_BYTES].cpu().numpy().tobytes()
+        self.address, self.device_index = tiles.data_ptr(), index(tiles.device)
+        self.layer = driver.layer(header, tiles, out_features, in_features)
+        self._kernels: dict[int, GpuKernels] = {}
+        self._workspace: dict[tuple[int, int], int] = {}
+
+    def kind(self, activation_bits: int) -> KernelKind:
+        return KernelKind(self.layer.bits, activation_bits, self.layer.span_blocks)
+
+    def kernels(self, activation_bits: int) -> GpuKernels:
+        """Those for `activation_bits`, compiled and loaded by the first who asks."""
+        found = self._kernels.get(activation_bits)
+        if found is None:
+            found = _loaded(self.kind(activation_bits), self.device_index)
+            self._kernels[activation_bits] = found
+        return found
+
+    def any_kernels(self) -> GpuKernels:
+        """Those that are there, if any are: all can unpack."""
+        return next(iter(self._kernels.values()), None) or self.kernels(16)
+
+    def workspace_bytes(self, n_tokens: int, activation_bits: int) -> int:
+        key = n_tokens, activation_bits
+        found = self._workspace.get(key)
+        if found is None:
+            found = self.layer.workspace_bytes(self.kernels(activation_bits), n_tokens)
+            self._workspace[key] = found
+        return found
+
+
+_known = WeakTensorKeyDictionary()
 
 
 def linear(
@@ -36,26 +76,23 @@ def linear(
     rounded to the dtype of x instead of the activations to integers.
     """
     in_features = x.shape[-1]
-    layer = layer_of(tiles, out_features, in_features)
-    tokens = x.reshape(-1, in_features).contiguous()
-    n_tokens = tokens.shape[0]
+    on_gpu = on_gpu_of(tiles, out_features, in_features)
+    n_tokens = x.numel() // in_features
     if n_tokens > driver.most_tokens():
-        shape = out_features, in_features
-        weight = _weight(layer, activation_bits, shape, x.dtype, tiles.device)
+        kernels = on_gpu.kernels(activation_bits)
+        weight = _weight(on_gpu, kernels, tiles, (out_features, in_features), x.dtype)
         with torch.autocast(x.device.type, enabled=False):  # it would take another dtype
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     y = x.new_empty(*x.shape[:-1], out_features)
     if n_tokens == 0:
         return y
+    tokens = x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    device = tiles.device
-    processors = multiprocessors(index(device))
-    n_bytes = layer.workspace_bytes(n_tokens, activation_bits, processors)
+    n_bytes = on_gpu.workspace_bytes(n_tokens, activation_bits)
     # From torch's allocator: it knows streams and the memory of CUDA graphs.
-    workspace = torch.empty(n_bytes, dtype=torch.uint8, device=device)
-    kernels = _kernels(layer, activation_bits, device)
-    layer.multiply(
-        kernels,
+    workspace = torch.empty(n_bytes, dtype=torch.uint8, device=tiles.device)
+    on_gpu.layer.multiply(
+        on_gpu.kernels(activation_bits),
         tokens.data_ptr(),
         FLOATS.index(x.dtype),
         n_tokens,
@@ -64,47 +101,53 @@ def linear(
         y.data_ptr(),
         workspace.data_ptr(),
         n_bytes,
-        processors,
-        stream(device),
+        stream(tiles.device),
     )
     return y
 
 
 def dequantize(tiles: Tensor, out_features: int, in_features: int) -> Tensor:
     """The weight, (out_features, in_features) float32; equal to the CPU's bit for bit."""
-    layer = layer_of(tiles, out_features, in_features)
-    return _weight(layer, 16, (out_features, in_features), torch.float32, tiles.device)
+    on_gpu = on_gpu_of(tiles, out_features, in_features)
+    kernels = on_gpu.any_kernels()
+    return _weight(on_gpu, kernels, tiles, (out_features, in_features), torch.float32)
 
 
-def layer_of(tiles: Tensor, out_features: int, in_features: int) -> GpuLayer:
-    """What the kernels know of a layer. ValueError where the tiles are those of another."""
-    found: tuple[int, GpuLayer] | None = _layers.get(tiles)
-    if found is None or found[0] != tiles.data_ptr():
-        header = tiles[:HEADER_BYTES].cpu().numpy().tobytes()
-        found = tiles.data_ptr(), driver.layer(header, tiles, out_features, in_features)
-        _layers[tiles] = found
-    return found[1]
+def on_gpu_of(tiles: Tensor, out_features: int, in_features: int) -> TilesOnGpu:
+    """What is known of these tiles. ValueError where they are those of another layer."""
+    found: TilesOnGpu | None = _known.get(tiles)
+    # `tensor.data = other` leaves another layer in the same tensor.
+    if found is None or found.address != tiles.data_ptr():
+        found = _known[tiles] = TilesOnGpu(tiles, out_features, in_features)
+    return found
+
+
+def compile_ahead(wanted: Iterable[tuple[TilesOnGpu, int]]) -> None:
+    """Compile and load kernels for tiles with their activation bits, side by side.
+
+    A kind takes seconds. Raises LwquantError where there is no compiler, or it cannot do it.
+    """
+    kinds = {(on_gpu.kind(bits), on_gpu.device_index) for on_gpu, bits in wanted}
+    if not kinds:
+        return
+    with ThreadPoolExecutor(min(len(kinds), os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda kind: _loaded(*kind), kinds))
 
 
 def _weight(
-    layer: GpuLayer,
-    activation_bits: int,
+    on_gpu: TilesOnGpu,
+    kernels: GpuKernels,
+    tiles: Tensor,
     shape: tuple[int, int],
     dtype: torch.dtype,
-    device: torch.device,
 ) -> Tensor:
-    """By the kernels for `activation_bits`: all can unpack, and these may be there already."""
-    weight = torch.empty(shape, dtype=dtype, device=device)
-    kernels = _kernels(layer, activation_bits, device)
-    layer.dequantize(kernels, weight.data_ptr(), FLOATS.index(dtype), stream(device))
+    weight = torch.empty(shape, dtype=dtype, device=tiles.device)
+    kind, where = FLOATS.index(dtype), stream(tiles.device)
+    on_gpu.layer.dequantize(kernels, weight.data_ptr(), kind, where)
     return weight
-
-
-def _kernels(layer: GpuLayer, activation_bits: int, device: torch.device) -> GpuKernels:
-    return _loaded(KernelKind(layer.bits, activation_bits, layer.span_blocks), index(device))
 
 
 @functools.cache
 def _loaded(kind: KernelKind, device_index: int) -> GpuKernels:
     code = compiled(kind, architecture(device_index))
-    return driver.kernels(code, device_index, kind.bits, kind.activation_bits, kind.span_blocks)
+    return driver.kernels(code, device_index, kind, multiprocessors(device_index))
