@@ -192,7 +192,7 @@ bool linear_of(const Tiles& w, const Outliers& outliers, const float* bias, cons
 }  // namespace
 
 bool runs_in_bf16(int bits, int64_t n_tokens, int activation_bits, bool bf16_inputs) {
-  const int64_t fewest = activation_bits == 16 ? 32 : 48;  // fewer are faster with integers
+  const int64_t fewest = activation_bits == 16 ? 48 : 64;  // fewer are faster with integers
   // Rounding to bf16 loses less than 8-bit activations do. Beside 16-bit ones it adds 1 % to the
   // squared error that 6-bit weights have in groups of 64, but 19 % to that of 8-bit weights. Of
   // inputs that are bf16 only weights are rounded, by as much as the results are.
