@@ -18,6 +18,7 @@ from tiny_models import random_model
 from transformers import AutoConfig
 
 import lwquant
+from lwquant import ops
 from lwquant.errors import LwquantError
 from lwquant.inspection import inspect_folder
 from lwquant.ops import rounding
@@ -64,6 +65,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def plain_torch(monkeypatch):
     """No driver to ask, and on both devices the loops of rounding that are not compiled."""
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(ops, "compile_ahead", lambda _: None)
     monkeypatch.setattr(rounding.cuda, "can_round", lambda *_: False)
     monkeypatch.setattr(rounding, "rounding_compiled", lambda *_: False)
 

@@ -23,8 +23,14 @@ def main() -> None:
     bits, group_size = job.settings["bits"], job.settings["group_size"]
     # mlx-lm looks for the rotary base where transformers kept it before version 5, and without it
     # takes 10000 in silence.
-    stored = json.loads((job.model / "config.json").read_text())
-    base = {"rope_theta": stored["rope_parameters"]["rope_theta"]}
+    stored = json.loads((job.model / "config.json").read_text())["rope_parameters"]
+    if "full_attention" in stored:  # Gemma 3 has two
+        base = {
+            "rope_theta": stored["full_attention"]["rope_theta"],
+            "rope_local_base_freq": stored["sliding_attention"]["rope_theta"],
+        }
+    else:
+        base = {"rope_theta": stored["rope_theta"]}
     model, _, config = load(str(job.model), model_config=base, return_config=True)
     linears = {
         name: module

@@ -18,6 +18,7 @@ from lwquant.evaluation.reference import reference_predictions
 from lwquant.export.format import QUANT_METHOD, parse_quantization_config
 from lwquant.model.checkpoint import resolve
 from lwquant.model.model_folder import CONFIG, read_json
+from lwquant.nn.linear import compile_kernels
 from lwquant.prepare import OpenModel, open_model
 from lwquant.progress import Progress
 
@@ -89,6 +90,7 @@ class PackedModel:
             raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
         self.config = model.config
         self._model = model.to(device).eval().requires_grad_(False)
+        compile_kernels(model)
         self._decoder = model.get_decoder()
 
     def predictions(self, windows: Tensor, cache: Path | None, progress: Progress) -> Predictions:

@@ -17,7 +17,6 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lwquant import ops
 from lwquant.errors import CheckpointError
 from lwquant.export.format import (
     QUANT_METHOD,
@@ -28,7 +27,7 @@ from lwquant.export.format import (
 from lwquant.model.names import parameter_names
 from lwquant.model.safetensors_header import TensorEntry, read_header
 from lwquant.model.structure import features_of
-from lwquant.nn.linear import QuantizedLinear
+from lwquant.nn.linear import QuantizedLinear, compile_kernels
 from lwquant.nn.replace import find_linear, replace_linears
 from lwquant.scheme import QuantScheme
 
@@ -102,7 +101,6 @@ class LwquantQuantizer(HfQuantizer):
 
         Raises CheckpointError where the outliers of a linear lie outside it.
         """
-        laid_out = []
         for name, module in model.named_modules():
             if not isinstance(module, QuantizedLinear):
                 continue
@@ -116,9 +114,7 @@ class LwquantQuantizer(HfQuantizer):
                 module.check_outliers()
             except ValueError as error:
                 raise CheckpointError(f"{name}: {error}") from error
-            if kernel := module.prepare():
-                laid_out.append((kernel, module.activation_bits))
-        ops.compile_ahead(laid_out)
+        compile_kernels(model)
 
     def is_serializable(self) -> bool:
         return True
