@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from lwquant import ops
 from lwquant.codebooks import CODEBOOKS
 from lwquant.errors import LwquantError
-from lwquant.nn.linear import QuantizedLinear, stored_scales
+from lwquant.nn.linear import QuantizedLinear, compile_kernels, stored_scales
 from lwquant.quantizers.grid import in_window, storable_scale
 from lwquant.scheme import QuantScheme
 from lwquant.types import Outliers, QuantizedWeight
@@ -227,6 +227,20 @@ def test_a_layer_that_moves_is_laid_out_again_there_before_it_is_called():
         assert torch.equal(compiled(x), wanted)
     layer.to("meta")
     assert layer.tiles is None and layer.qweight.is_meta
+
+
+@tiled
+def test_kernels_of_all_layers_that_have_some_are_compiled_with_their_activations(monkeypatch):
+    wanted = []
+    monkeypatch.setattr(ops, "compile_ahead", wanted.extend)
+    schemes = QuantScheme(3, 64), QuantScheme(4, 64), QuantScheme(4, 48)  # none for the last
+    layers = [QuantizedLinear.from_weight(random_weight(scheme), None) for scheme in schemes]
+    layers[1].activation_bits = 8
+    compile_kernels(nn.Sequential(nn.ReLU(), *layers))
+    assert [bits for _, bits in wanted] == [16, 8]
+    assert [
+        kernel.tiles is layer.tiles for (kernel, _), layer in zip(wanted, layers[:2], strict=True)
+    ] == [True] * 2
 
 
 @tiled
