@@ -173,6 +173,14 @@ class TiledLinear {
                    : multiply(pointer<const float>(x), pointer<float>(y));
   }
 
+  // Whether a call should hand bf16 over: torch converts many tokens faster than the kernels do that
+  // need them in float32.
+  bool takes_bf16(int64_t n_tokens, int64_t activation_bits) const {
+    constexpr int64_t kMostConverted = 16;
+    return n_tokens <= kMostConverted ||
+           runs_in_bf16(tiles_.is.bits, n_tokens, static_cast<int>(activation_bits), true);
+  }
+
   void dequantize(int64_t row, int64_t n_rows, int64_t n_threads, Address out) const {
     require(out && n_threads >= 1, "no address for the result, or no threads");
     require(row >= 0 && row % kTileOutputs == 0 && n_rows >= 0 &&
@@ -291,6 +299,7 @@ NB_MODULE(_kernels, m) {
   nb::class_<TiledLinear>(m, "TiledLinear")
       .def(nb::init<Address, int64_t, int64_t, int64_t, Address, Address, bool, Address, int64_t>())
       .def("run", &TiledLinear::run, Unlocked())
+      .def("takes_bf16", &TiledLinear::takes_bf16)
       .def("dequantize", &TiledLinear::dequantize, Unlocked());
   m.def("tiles_size", bind_tiles_size);
   m.def("make_tiles", bind_make_tiles, Unlocked());

@@ -181,10 +181,13 @@ bool linear_of(const Tiles& w, const Outliers& outliers, const float* bias, cons
       isa.multiply_tiles(w, a, row / kTileOutputs, n_tiles, bias, outputs);
       add_outliers(outliers, inputs, a.n_tokens, in_features, row, n_rows, out_features,
                    outputs + row);
+      if constexpr (kIsBf16<T>) {
+        for (int64_t t = 0; t < a.n_tokens; ++t) {
+          const int64_t at = t * out_features + row;
+          narrow_to_bf16(outputs + at, n_rows, y + first * out_features + at);
+        }
+      }
     });
-    if constexpr (kIsBf16<T>) {
-      narrow_to_bf16(outputs, a.n_tokens * out_features, y + first * out_features);
-    }
   }
   return true;
 }

@@ -232,6 +232,13 @@ class TiledLinear:
         )
         return done
 
+    def takes(self, dtype: torch.dtype, n_tokens: int, activation_bits: int) -> bool:
+        """Whether it reads such inputs at least as fast as torch converts them to float32."""
+        if dtype is torch.bfloat16:
+            taken: bool = self._checked.takes_bf16(n_tokens, activation_bits)
+            return taken
+        return dtype is torch.float32
+
     def dequantize_rows(self, row: int, out: Tensor) -> None:
         """Rows [row, row + len(out)) of the weight into `out`; `row` is the first of a tile."""
         self._checked.dequantize(row, out.shape[0], torch.get_num_threads(), out.data_ptr())

@@ -118,8 +118,9 @@ def _run(
     """By the kernel where it can and is faster, else by panels."""
     wide_bias = None if bias is None else _wide(bias)
     y = None
-    if not native.panels_are_faster(x.numel() // kernel.in_features):
-        read = x.contiguous() if x.dtype is torch.bfloat16 else _wide(x)
+    n_tokens = x.numel() // kernel.in_features
+    if not native.panels_are_faster(n_tokens):
+        read = x.contiguous() if kernel.takes(x.dtype, n_tokens, activation_bits) else _wide(x)
         y = kernel(read, wide_bias, activation_bits)
     if y is None:  # or NaN or infinity among the inputs, which integers cannot hold
         y = native.tiled_panels(kernel, _wide(x).reshape(-1, kernel.in_features), wide_bias)
@@ -156,13 +157,6 @@ class _Seen(NamedTuple):
     dtype: torch.dtype  # of the result, too
     n_tokens: int
     like: Tensor  # of the result's shape, without its memory
-
-
-def _is_kept(x: Tensor, n_tokens: int) -> bool:
-    """Whether the kernel alone may serve more of such inputs; it reads no float16."""
-    if not n_tokens or native.panels_are_faster(n_tokens):
-        return False
-    return x.dtype is torch.float32 or x.dtype is torch.bfloat16
 
 
 class TiledLinear:
@@ -221,7 +215,8 @@ class TiledLinear:
             return _linear_cuda(*arguments)
         check_input(x, bias, kernel.out_features)
         n_tokens = x.numel() // kernel.in_features
-        if _is_kept(x, n_tokens):
+        panels = native.panels_are_faster(n_tokens)
+        if n_tokens and not panels and kernel.takes(x.dtype, n_tokens, activation_bits):
             like = torch.empty(1, dtype=x.dtype).expand(*x.shape[:-1], kernel.out_features)
             self._seen = _Seen(x.shape, x.dtype, n_tokens, like)
         return _run(kernel, x, bias, activation_bits)
