@@ -68,7 +68,7 @@ Outliers make_outliers(const SparsePart& sparse, int64_t out_features, int64_t i
 Weight make_weight(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
                    Address scales, bool scale_bytes, int64_t n_groups, Address zeros,
                    bool zero_bytes, int64_t zero_width, int64_t bits, int64_t group_size,
-                   const SparsePart& sparse) {
+                   const SparsePart& sparse, bool int8_weights = false) {
   require_bits(bits);
   require(in_features >= 1 && out_features >= 1, "a layer without inputs or outputs");
   require(group_size >= 1, "group_size=" + std::to_string(group_size) + " is less than 1");
@@ -93,6 +93,7 @@ Weight make_weight(Address codes, int64_t out_features, int64_t n_words, int64_t
           n_groups,
           n_words,
           zero_width,
+          int8_weights,
           make_outliers(sparse, out_features, in_features)};
 }
 
@@ -125,9 +126,10 @@ int64_t bind_tiles_size(int64_t out_features, int64_t in_features, bool scale_by
 void bind_make_tiles(Address codes, int64_t out_features, int64_t n_words, int64_t in_features,
                      Address scales, bool scale_bytes, int64_t n_groups, Address zeros,
                      bool zero_bytes, int64_t zero_width, int64_t bits, int64_t group_size,
-                     int64_t n_threads, Address data, int64_t size) {
+                     bool int8_weights, int64_t n_threads, Address data, int64_t size) {
   const Weight w = make_weight(codes, out_features, n_words, in_features, scales, scale_bytes,
-                               n_groups, zeros, zero_bytes, zero_width, bits, group_size, {});
+                               n_groups, zeros, zero_bytes, zero_width, bits, group_size, {},
+                               int8_weights);
   require(tiles_fit(w), "groups of " + std::to_string(group_size) + " do not fit tiles");
   require_size("bytes of tiles", size, tiles_size(w));
   require(data && n_threads >= 1, "no address for the tiles, or no threads");
@@ -178,7 +180,8 @@ class TiledLinear {
   bool takes_bf16(int64_t n_tokens, int64_t activation_bits) const {
     constexpr int64_t kMostConverted = 16;
     return n_tokens <= kMostConverted ||
-           runs_in_bf16(tiles_.is.bits, n_tokens, static_cast<int>(activation_bits), true);
+           panel_kernels(tiles_.is.bits, tiles_.is.int8_weights, n_tokens,
+                         static_cast<int>(activation_bits), true);
   }
 
   void dequantize(int64_t row, int64_t n_rows, int64_t n_threads, Address out) const {
@@ -272,6 +275,13 @@ void bind_fit_groups(Address weights, int64_t n, int64_t size, Address importanc
              n, static_cast<int>(n_threads));
 }
 
+std::string weights_rounded_to(int bits, bool int8_weights, int64_t n_tokens, int activation_bits,
+                               bool bf16_inputs) {
+  const PanelKernels* panels =
+      panel_kernels(bits, int8_weights, n_tokens, activation_bits, bf16_inputs);
+  return panels ? panels->type : "";
+}
+
 std::vector<std::string> isa_names() {
   const Isa* found[8];
   const int n = available_isas(found, 8);
@@ -309,7 +319,7 @@ NB_MODULE(_kernels, m) {
   m.def("unpack", bind_unpack, Unlocked());
   m.def("round_block", bind_round_block, Unlocked());
   m.def("fit_groups", bind_fit_groups, Unlocked());
-  m.def("runs_in_bf16", runs_in_bf16);
+  m.def("weights_rounded_to", weights_rounded_to);
   m.def("isa", [] { return std::string(current_isa().name); });
   m.def("available_isas", isa_names);
   m.def("set_isa", set_isa);

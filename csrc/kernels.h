@@ -40,6 +40,7 @@ struct Weight {
   int64_t n_groups;
   int64_t row_words;
   int64_t zero_words;
+  bool int8_weights;  // see TilesHeader
   Outliers outliers;
 };
 
@@ -66,29 +67,38 @@ struct Span {
   bool finite;  // false: there is NaN or infinity in it, and the rest means nothing
 };
 
-// Inputs of a layer rounded to bf16: sets of 16 tokens, the last filled up with zeros, each
-// (n_inputs / 32, 16, 32).
-struct Bf16Inputs {
-  const uint16_t* values;
+// Inputs of a layer as many tokens' kernels read them, in sets of 16 tokens, the last filled up with
+// zeros.
+struct PanelInputs {
+  const uint8_t* values;  // as the kernels arrange them
+  const float* scales;    // (n_spans, whole sets of tokens), or null: values have none
   int64_t n_tokens;
-  int64_t first_input, n_inputs;  // both multiples of kBlockInputs; zero beyond in_features
+  int64_t first_input, n_inputs;  // n_inputs are filled up with zeros beyond in_features
 };
 
-// What an instruction set does with many tokens, if not what it does with few.
-struct Bf16Kernels {
+// What an instruction set does with many tokens, if not what it does with few: weights are unpacked
+// to the type of the inputs, scales and zeros in them, and products of many inputs add up before
+// they are stored.
+struct PanelKernels {
+  const char* type;  // of values
+  int value_bytes;
+  int64_t span_inputs;  // that share a scale; parts of the inputs are whole spans
   // Rounds n inputs of x, whose tokens lie `stride` apart, and fills them up to n_padded of them.
-  void (*round_inputs)(const float* x, int64_t n_tokens, int64_t stride, int64_t n,
-                       int64_t n_padded, uint16_t* out);
-  // The same of inputs that are bf16.
-  void (*arrange_inputs)(const uint16_t* x, int64_t n_tokens, int64_t stride, int64_t n,
-                         int64_t n_padded, uint16_t* out);
+  // False: there is NaN or infinity in x, which the type does not have.
+  bool (*arrange)(const float* x, int64_t n_tokens, int64_t stride, int64_t n, int64_t n_padded,
+                  uint8_t* values, float* scales);
+  bool (*arrange_bf16)(const uint16_t* x, int64_t n_tokens, int64_t stride, int64_t n,
+                       int64_t n_padded, uint8_t* values, float* scales);
   // What those inputs make of the tiles' rows, from y on, tokens `stride` apart: bias is added to
-  // the first inputs' products, what y holds to the others'. `weights` has room for kStripRows
-  // rows of n_inputs bf16 and is aligned to lines.
-  void (*multiply)(const Tiles&, const Bf16Inputs&, int64_t tile, int64_t n_tiles,
-                   const float* bias, uint8_t* weights, int64_t stride, float* y);
+  // the first inputs' products, what y holds to the others'. `room` is for kStripRows rows of
+  // n_inputs values and a float for each span of a row, aligned to lines.
+  void (*multiply)(const Tiles&, const PanelInputs&, int64_t tile, int64_t n_tiles,
+                   const float* bias, uint8_t* room, int64_t stride, float* y);
   void (*narrow)(const float* from, int64_t n, uint16_t* to);  // as narrow_to_bf16()
 };
+
+// Codes of more bits would lose much of what they say in int8.
+constexpr int kWidestInt8 = 4;
 
 constexpr int kSetTokens = 16;
 constexpr int kStripRows = 2 * kTileOutputs;
@@ -104,7 +114,8 @@ struct Isa {
   void (*multiply_tiles)(const Tiles&, const Activations&, int64_t tile, int64_t n_tiles,
                          const float* bias, float* y);
   const RoundingLoops* rounding;
-  const Bf16Kernels* bf16 = nullptr;  // null: as few tokens are
+  const PanelKernels* bf16 = nullptr;  // null: as few tokens are
+  const PanelKernels* int8 = nullptr;
 };
 
 extern const Isa kReference;
@@ -116,13 +127,14 @@ extern const Isa kAvxVnni;
 extern const Isa kAvx512Vnni;
 #ifdef LWQUANT_AMX
 extern const Isa kAmx;
-extern const Bf16Kernels kAmxBf16;
+extern const PanelKernels kAmxBf16, kAmxInt8;
 #endif
 #endif
 
 // What several of them have in common
 void unpack_row_avx2(int bits, const int32_t* words, int64_t n, uint8_t* codes);
 void unpack_row_avx512(int bits, const int32_t* words, int64_t n, uint8_t* codes);
+void narrow_to_bf16_avx512(const float* from, int64_t n, uint16_t* to);
 Span quantize_span_avx512(const float* x, int64_t n, int64_t n_padded, int bits, uint8_t* quads);
 void multiply_tiles_avx512(const Tiles&, const Activations&, int64_t tile, int64_t n_tiles,
                            const float* bias, float* y);
@@ -181,8 +193,9 @@ const Isa& current_isa();
 bool select_isa(const char* name);  // false: unknown, or not on this machine
 
 // linear.cpp: the host functions; shapes have been checked
-// Whether such a call rounds weights and inputs to bf16 instead of using integers.
-bool runs_in_bf16(int bits, int64_t n_tokens, int activation_bits, bool bf16_inputs);
+// What such a call rounds weights and inputs to, or null: codes are multiplied as they are.
+const PanelKernels* panel_kernels(int bits, bool int8_weights, int64_t n_tokens,
+                                  int activation_bits, bool bf16_inputs);
 // y (n_tokens, out_features) = x Wᵀ + bias, x as integers of 8 or 16 bits or in bf16. False when x
 // holds NaN or infinity, which integers cannot: y means nothing then.
 bool linear(const Tiles&, const Outliers&, const float* bias, const float* x, int64_t n_tokens,

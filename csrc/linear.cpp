@@ -1,6 +1,7 @@
 // The host side: quantize the activations of a block of tokens, share the rows out.
 #include "kernels.h"
 #include "pool.h"
+#include "workspace.h"
 
 #include <stdlib.h>
 
@@ -17,8 +18,9 @@ constexpr int64_t kProductsPerThread = int64_t{1} << 19;
 constexpr int64_t kBlockRows = 4 * kTileOutputs;  // of one task
 constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of activations
 constexpr int64_t kMinBlockTokens = 16;
-// What bf16 takes at a time: that many values stay in the L2 cache beside the weights of a strip.
-constexpr int64_t kPanelInputs = 4096, kPanelValues = 128 * kPanelInputs;
+// What panels take at a time: that many inputs stay in the L2 cache beside the weights of a strip,
+// and weights serve that many tokens at least.
+constexpr int64_t kPanelBytes = int64_t{1} << 20, kPanelTokens = 128;
 
 // Not zeroed, unlike std::vector: all of it is written before it is read.
 template <typename T>
@@ -76,58 +78,78 @@ void for_each_block(int64_t n_rows, int n_threads, Body body) {
       &context);
 }
 
-struct Free {
-  void operator()(void* data) const { free(data); }
+bool arrange(const PanelKernels& kernels, const float* x, int64_t n_tokens, int64_t stride,
+             int64_t n, int64_t n_padded, uint8_t* values, float* scales) {
+  return kernels.arrange(x, n_tokens, stride, n, n_padded, values, scales);
+}
+
+bool arrange(const PanelKernels& kernels, const uint16_t* x, int64_t n_tokens, int64_t stride,
+             int64_t n, int64_t n_padded, uint8_t* values, float* scales) {
+  return kernels.arrange_bf16(x, n_tokens, stride, n, n_padded, values, scales);
+}
+
+// How a call goes through its tokens and inputs: panels of tokens, each in parts of their inputs.
+struct Panels {
+  int64_t part_inputs, part_spans, n_parts;
+  int64_t tokens;  // whole pairs of sets
+
+  Panels(const PanelKernels& kernels, int64_t n_inputs) {
+    const int64_t span = kernels.span_inputs, n_spans = (n_inputs + span - 1) / span;
+    const int64_t most = kPanelBytes / kPanelTokens / kernels.value_bytes;
+    n_parts = (n_spans * span + most - 1) / most;
+    part_spans = (n_spans + n_parts - 1) / n_parts;
+    part_inputs = part_spans * span;
+    n_parts = (n_spans + part_spans - 1) / part_spans;
+    const int64_t pair = 2 * kSetTokens;
+    tokens = kPanelBytes / (part_inputs * kernels.value_bytes) / pair * pair;
+  }
 };
 
-void arrange(const Bf16Kernels& kernels, const float* x, int64_t n_tokens, int64_t stride,
-             int64_t n, int64_t n_padded, uint16_t* out) {
-  kernels.round_inputs(x, n_tokens, stride, n, n_padded, out);
-}
-
-void arrange(const Bf16Kernels& kernels, const uint16_t* x, int64_t n_tokens, int64_t stride,
-             int64_t n, int64_t n_padded, uint16_t* out) {
-  kernels.arrange_inputs(x, n_tokens, stride, n, n_padded, out);
-}
-
 template <typename T>
-void linear_bf16(const Bf16Kernels& kernels, const Tiles& w, const Outliers& outliers,
-                 const float* bias, const T* x, int64_t n_tokens, int n_threads, T* y) {
+bool linear_panels(const PanelKernels& kernels, const Tiles& w, const Outliers& outliers,
+                   const float* bias, const T* x, int64_t n_tokens, int n_threads, T* y) {
   const int64_t in_features = w.is.in_features, out_features = w.is.out_features;
-  const int64_t n_parts = (w.padded_inputs + kPanelInputs - 1) / kPanelInputs;
-  const int64_t n_blocks = w.padded_inputs / kBlockInputs;
-  const int64_t part = (n_blocks + n_parts - 1) / n_parts * kBlockInputs;
-  const int64_t panel = kPanelValues / part / (2 * kSetTokens) * (2 * kSetTokens);
-  const int64_t n_most = std::min(n_tokens, panel);
-  const int64_t n_sets = (n_most + kSetTokens - 1) / kSetTokens;
-  auto values = buffer<uint16_t>(n_sets * kSetTokens * part);
-  const size_t strip_bytes = static_cast<size_t>(kStripRows * part) * sizeof(uint16_t);
-  const std::unique_ptr<uint8_t, Free> strips(static_cast<uint8_t*>(
-      aligned_alloc(kLine, static_cast<size_t>(n_threads) * strip_bytes)));
-  if (!strips) throw std::bad_alloc();
-  const auto wide_inputs = room_for<T>(outliers.rows ? n_most * in_features : 0);
+  const Panels panels(kernels, w.padded_inputs);
+  const int64_t n_most = std::min(n_tokens, panels.tokens);
+  const int64_t n_places = (n_most + 2 * kSetTokens - 1) / (2 * kSetTokens) * (2 * kSetTokens);
   // Results in float32 are their own sums. For bf16 each thread has sums of one block, which stay
   // in its cache; only where blocks come again for other inputs there are sums of all.
-  const bool sums_of_all = n_parts > 1;
+  const bool sums_of_all = panels.n_parts > 1;
   const int64_t stride = kIsBf16<T> && !sums_of_all ? kBlockRows : out_features;
   const auto room = room_for<T>(n_most * (sums_of_all ? out_features : n_threads * kBlockRows));
-  for (int64_t token = 0; token < n_tokens; token += panel) {
+  const int64_t strip_bytes =
+      kStripRows * (panels.part_inputs * kernels.value_bytes +
+                    panels.part_spans * static_cast<int64_t>(sizeof(float)));
+  uint8_t *values = nullptr, *rooms = nullptr;
+  float* scales = nullptr;
+  const auto carve = [&](uint8_t* memory) {
+    Carver carver(memory);
+    values = carver.take<uint8_t>(n_places * panels.part_inputs * kernels.value_bytes);
+    rooms = carver.take<uint8_t>(n_threads * strip_bytes);
+    scales = carver.take<float>(n_places * panels.part_spans);
+    return carver.taken();
+  };
+  carve(thread_workspace(carve(nullptr)));
+  const auto wide_inputs = room_for<T>(outliers.rows ? n_most * in_features : 0);
+  for (int64_t token = 0; token < n_tokens; token += panels.tokens) {
     const T* inputs = x + token * in_features;
     T* outputs = y + token * out_features;
-    const int64_t n_here = std::min(panel, n_tokens - token);
+    const int64_t n_here = std::min(panels.tokens, n_tokens - token);
     const float* of_outliers =
         outliers.rows ? widened(inputs, n_here * in_features, wide_inputs.get()) : nullptr;
-    for (int64_t first = 0; first < w.padded_inputs; first += part) {
-      const int64_t n_padded = std::min(part, w.padded_inputs - first);
+    for (int64_t first = 0; first < w.padded_inputs; first += panels.part_inputs) {
+      const int64_t n_padded = std::min(panels.part_inputs, w.padded_inputs - first);
       const int64_t n = std::min(n_padded, in_features - first);
-      arrange(kernels, inputs + first, n_here, in_features, n, n_padded, values.get());
-      const Bf16Inputs rounded = {values.get(), n_here, first, n_padded};
+      if (!arrange(kernels, inputs + first, n_here, in_features, n, n_padded, values, scales)) {
+        return false;
+      }
+      const PanelInputs panel = {values, scales, n_here, first, n_padded};
       for_each_block(out_features, n_threads, [&](int64_t row, int64_t n_rows, int seat) {
         const int64_t n_tiles = (n_rows + kTileOutputs - 1) / kTileOutputs;
-        uint8_t* weights = strips.get() + static_cast<size_t>(seat) * strip_bytes;
         float* in_room = room.get() + (sums_of_all ? row : seat * n_most * kBlockRows);
         float* sums = as_floats(outputs + row, in_room);
-        kernels.multiply(w, rounded, row / kTileOutputs, n_tiles, bias, weights, stride, sums);
+        kernels.multiply(w, panel, row / kTileOutputs, n_tiles, bias, rooms + seat * strip_bytes,
+                         stride, sums);
         if (first + n_padded < w.padded_inputs) return;
         add_outliers(outliers, of_outliers, n_here, in_features, row, n_rows, stride, sums);
         if constexpr (kIsBf16<T>) {
@@ -138,6 +160,7 @@ void linear_bf16(const Bf16Kernels& kernels, const Tiles& w, const Outliers& out
       });
     }
   }
+  return true;
 }
 
 template <typename T>
@@ -146,10 +169,9 @@ bool linear_of(const Tiles& w, const Outliers& outliers, const float* bias, cons
   const Isa& isa = current_isa();
   const int64_t in_features = w.is.in_features, out_features = w.is.out_features;
   n_threads = useful_threads(n_threads, out_features * in_features * n_tokens);
-  if (runs_in_bf16(w.is.bits, n_tokens, activation_bits, kIsBf16<T>)) {
-    linear_bf16(*isa.bf16, w, outliers, bias, x, n_tokens, n_threads, y);
-    return true;
-  }
+  const PanelKernels* panels = panel_kernels(
+      w.is.bits, w.is.int8_weights, n_tokens, activation_bits, kIsBf16<T>);
+  if (panels) return linear_panels(*panels, w, outliers, bias, x, n_tokens, n_threads, y);
   Activations a{};
   a.bits = activation_bits;
   a.span_blocks = span_blocks(w);
@@ -194,14 +216,20 @@ bool linear_of(const Tiles& w, const Outliers& outliers, const float* bias, cons
 
 }  // namespace
 
-bool runs_in_bf16(int bits, int64_t n_tokens, int activation_bits, bool bf16_inputs) {
-  const int64_t fewest = activation_bits == 16 ? 48 : 64;  // fewer are faster with integers
+const PanelKernels* panel_kernels(int bits, bool int8_weights, int64_t n_tokens,
+                                  int activation_bits, bool bf16_inputs) {
+  const Isa& isa = current_isa();
+  constexpr int64_t kFewestInt8 = 32;  // fewer are faster with the codes as they are
+  if (isa.int8 && int8_weights && bits <= kWidestInt8 && activation_bits == 8) {
+    return n_tokens >= kFewestInt8 ? isa.int8 : nullptr;
+  }
   // Rounding to bf16 loses less than 8-bit activations do. Beside 16-bit ones it adds 1 % to the
   // squared error that 6-bit weights have in groups of 64, but 19 % to that of 8-bit weights. Of
   // inputs that are bf16 only weights are rounded, by as much as the results are.
-  constexpr int kWidest = 6;
-  const bool invisible = bits <= kWidest || activation_bits == 8 || bf16_inputs;
-  return current_isa().bf16 && n_tokens >= fewest && invisible;
+  constexpr int kWidestBf16 = 6;
+  const bool invisible = bits <= kWidestBf16 || activation_bits == 8 || bf16_inputs;
+  const int64_t fewest = activation_bits == 16 ? 48 : 64;
+  return n_tokens >= fewest && invisible ? isa.bf16 : nullptr;
 }
 
 bool linear(const Tiles& w, const Outliers& outliers, const float* bias, const float* x,

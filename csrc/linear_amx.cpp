@@ -142,6 +142,6 @@ void multiply_tiles(const Tiles& w, const Activations& a, int64_t tile, int64_t 
 }  // namespace
 
 const Isa kAmx = {"amx",          unpack_row_avx512, quantize_span_avx512,
-                  multiply_tiles, &kAvx512Rounding,  &kAmxBf16};
+                  multiply_tiles, &kAvx512Rounding,  &kAmxBf16,          &kAmxInt8};
 
 }  // namespace lwquant

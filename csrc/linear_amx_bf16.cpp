@@ -135,10 +135,10 @@ struct Place {
 };
 
 template <int SETS, int TILES>
-void multiply_sets(const Bf16Inputs& x, int64_t set, const uint8_t* weights, const float* bias,
+void multiply_sets(const PanelInputs& x, int64_t set, const uint8_t* weights, const float* bias,
                    const Place& y) {
   const int64_t n_steps = x.n_inputs / kStepInputs, first = set * kSetTokens;
-  const uint8_t* inputs = reinterpret_cast<const uint8_t*>(x.values) + set * n_steps * kStepBytes;
+  const uint8_t* inputs = x.values + set * n_steps * kStepBytes;
   SetSums<SETS, TILES> sums;
   sums.multiply(inputs, weights, n_steps);
   for (int64_t t = 0; t < SETS * kSetTokens && first + t < x.n_tokens; ++t) {
@@ -154,7 +154,7 @@ void multiply_sets(const Bf16Inputs& x, int64_t set, const uint8_t* weights, con
 }
 
 template <int BITS, int TILES>
-void multiply_strip(const Tiles& w, const Bf16Inputs& x, int64_t tile, const float* bias,
+void multiply_strip(const Tiles& w, const PanelInputs& x, int64_t tile, const float* bias,
                     uint8_t* weights, int64_t stride, float* y) {
   const int64_t row = tile * kTileOutputs;
   const Place place = {y, stride, w.is.out_features - row};
@@ -169,68 +169,49 @@ void multiply_strip(const Tiles& w, const Bf16Inputs& x, int64_t tile, const flo
   if (set < n_sets) multiply_sets<1, TILES>(x, set, weights, bias, place);
 }
 
-// Rounded to bf16, to nearest even; NaN stays NaN, which adding to its bits could lose.
-INLINE __m256i rounded(Floats values) {
-  const Vec bits = _mm512_castps_si512(values), upper = _mm512_srli_epi32(bits, 16);
-  const Vec odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-  const Vec halves = _mm512_srli_epi32(add(add(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(halves, nan, _mm512_set1_epi32(0x7fc0)));
-}
-
 INLINE __m256i load_rounded(__mmask16 present, const float* from) {
-  return rounded(_mm512_maskz_loadu_ps(present, from));
+  return to_bf16(_mm512_maskz_loadu_ps(present, from));
 }
 
 INLINE __m256i load_rounded(__mmask16 present, const uint16_t* from) {
   return _mm256_maskz_loadu_epi16(present, from);
 }
 
-// The first n of 16.
-INLINE __mmask16 first_of_16(int64_t n) {
-  return static_cast<__mmask16>(n >= kRows ? 0xffff : n > 0 ? (1u << n) - 1 : 0);
-}
-
 template <typename T>
-void arrange(const T* x, int64_t n_tokens, int64_t stride, int64_t n, int64_t n_padded,
-             uint16_t* out) {
+bool arrange(const T* x, int64_t n_tokens, int64_t stride, int64_t n, int64_t n_padded,
+             uint8_t* values, float*) {
   const int64_t n_sets = (n_tokens + kSetTokens - 1) / kSetTokens;
   for (int64_t token = 0; token < n_sets * kSetTokens; ++token) {
     const T* from = x + token * stride;
-    uint16_t* set = out + token / kSetTokens * kSetTokens * n_padded;
-    uint16_t* to = set + token % kSetTokens * kStepInputs;
+    uint8_t* set = values + token / kSetTokens * (n_padded / kStepInputs) * kStepBytes;
+    uint8_t* to = set + token % kSetTokens * kLine;
     for (int64_t k = 0; k < n_padded; k += kRows) {
       const __mmask16 present = first_of_16(token < n_tokens ? n - k : 0);
-      const int64_t place = k / kStepInputs * kSetTokens * kStepInputs + k % kStepInputs;
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + place), load_rounded(present, from + k));
+      const int64_t place = k / kStepInputs * kStepBytes + k % kStepInputs * 2;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to + place), load_rounded(present, from + k));
     }
   }
+  return true;
 }
 
-void narrow(const float* from, int64_t n, uint16_t* to) {
-  for (int64_t k = 0; k < n; k += kRows) {
-    const __mmask16 present = first_of_16(n - k);
-    _mm256_mask_storeu_epi16(to + k, present, load_rounded(present, from + k));
-  }
-}
-
-void multiply_bf16(const Tiles& w, const Bf16Inputs& x, int64_t tile, int64_t n_tiles,
-                   const float* bias, uint8_t* weights, int64_t stride, float* y) {
+void multiply_bf16(const Tiles& w, const PanelInputs& x, int64_t tile, int64_t n_tiles,
+                   const float* bias, uint8_t* room, int64_t stride, float* y) {
   const KeptRegisters kept;
   configure_registers([](int) { return kSetTokens; });
   with_width(w.is.bits, [&](auto codes) {
     int64_t done = 0;
     for (; done + kStripTiles <= n_tiles; done += kStripTiles) {
       float* sums = y + done * kTileOutputs;
-      multiply_strip<codes.bits, kStripTiles>(w, x, tile + done, bias, weights, stride, sums);
+      multiply_strip<codes.bits, kStripTiles>(w, x, tile + done, bias, room, stride, sums);
     }
     float* sums = y + done * kTileOutputs;
-    if (done < n_tiles) multiply_strip<codes.bits, 1>(w, x, tile + done, bias, weights, stride, sums);
+    if (done < n_tiles) multiply_strip<codes.bits, 1>(w, x, tile + done, bias, room, stride, sums);
   });
 }
 
 }  // namespace
 
-const Bf16Kernels kAmxBf16 = {arrange<float>, arrange<uint16_t>, multiply_bf16, narrow};
+const PanelKernels kAmxBf16 = {
+    "bf16", 2, kStepInputs, arrange<float>, arrange<uint16_t>, multiply_bf16, narrow_to_bf16_avx512};
 
 }  // namespace lwquant

@@ -72,6 +72,15 @@ Span quantize_span_avx512(const float* x, int64_t n, int64_t n_padded, int bits,
   return {range / steps, _mm512_reduce_add_epi32(sum), true};
 }
 
+// To nearest even; NaN stays NaN, which adding to its bits could lose.
+void narrow_to_bf16_avx512(const float* from, int64_t n, uint16_t* to) {
+  for (int64_t k = 0; k < n; k += kFloats) {
+    const __mmask16 present = first_of_16(n - k);
+    const __m512 values = _mm512_maskz_loadu_ps(present, from + k);
+    _mm256_mask_storeu_epi16(to + k, present, to_bf16(values));
+  }
+}
+
 void multiply_tiles_avx512(const Tiles& w, const Activations& a, int64_t tile, int64_t n_tiles,
                            const float* bias, float* y) {
   multiply_tiles(w, a, tile, n_tiles, bias, y);

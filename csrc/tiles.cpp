@@ -38,6 +38,7 @@ TilesHeader header_of(const Weight& w) {
   is.scale_bytes = w.scale_bytes != nullptr;
   is.zeros = w.zeros || w.zero_bytes;
   is.fine_zeros = w.zero_bytes != nullptr;
+  is.int8_weights = w.int8_weights;
   return is;
 }
 

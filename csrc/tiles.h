@@ -38,7 +38,8 @@ struct TilesHeader {
   uint8_t scale_bytes;  // 1: a scale is a byte above its row's first, 0: a float16
   uint8_t zeros;        // 1: a byte each, 0: every zero is 2^(bits-1)
   uint8_t fine_zeros;   // 1: bytes of zeros count steps of 2^(bits-8)
-  uint8_t unused[29];
+  uint8_t int8_weights; // 1: with many tokens weights may be rounded to int8
+  uint8_t unused[28];
 };
 static_assert(sizeof(TilesHeader) == kLine, "codes must stay aligned");
 

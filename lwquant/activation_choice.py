@@ -1,9 +1,12 @@
-"""Which quantized linears may round their inputs to 8 bits, by the error that it makes.
+"""Which quantized linears may round their inputs to 8 bits, and which their weights, too.
 
 Kernels multiply codes by activations as integers of 16 bits, which loses nothing that could be
 seen, or of 8, which is up to twice as fast with several tokens. An int8 activation is off by up to
 1/254 of the largest in its span of up to 128 inputs. That is little beside the rounding of 2- and
 3-bit weights, as much as that of 6-bit ones, and a lot where one channel is massive.
+
+With many tokens, AMX is faster still if weights are int8, too, and inputs share a scale in wider
+spans, see ops/int8_weights.py. That has to be invisible by itself: it is more than twice the error.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from lwquant.ops.activations import rounded_activations
+from lwquant.ops.int8_weights import WIDEST, int8_inputs, int8_weight
 from lwquant.ops.tiles import fits_kernels
 from lwquant.types import QuantizedWeight
 
-# Share of the squared output error of the rounded weight that int8 activations may add.
+# Share of the squared output error of the rounded weight that int8 may add.
 INVISIBLE = 0.03
 SAMPLED_TOKENS = 256
 
@@ -34,8 +38,24 @@ def activation_bits(inputs: Tensor, target: Tensor, quantized: QuantizedWeight) 
     """
     if not fits_kernels(quantized.scheme, inputs.shape[-1]):
         return 16
-    weight = quantized.dequantize()
     rounded = rounded_activations(inputs, 8, quantized.scheme.group_size)
-    of_activations = ((rounded - inputs) @ weight.T).square().sum()
-    of_weights = (inputs @ (weight - target).T).square().sum()
-    return 8 if bool(of_activations <= INVISIBLE * of_weights) else 16
+    outputs = rounded @ quantized.dequantize().T
+    return 8 if _is_invisible(outputs, inputs, target, quantized) else 16
+
+
+def takes_int8_weights(inputs: Tensor, target: Tensor, quantized: QuantizedWeight) -> bool:
+    """Whether int8 activations and weights together add at most INVISIBLE; arguments as above."""
+    scheme = quantized.scheme
+    if scheme.bits > WIDEST or not fits_kernels(scheme, inputs.shape[-1]):
+        return False
+    outputs = int8_inputs(inputs) @ int8_weight(quantized).T
+    return _is_invisible(outputs, inputs, target, quantized)
+
+
+def _is_invisible(
+    outputs: Tensor, inputs: Tensor, target: Tensor, quantized: QuantizedWeight
+) -> bool:
+    """Whether what the kernel makes of the inputs is off by little beside the weight's rounding."""
+    wanted = inputs @ quantized.dequantize().T
+    of_weights = (wanted - inputs @ target.T).square().sum()
+    return bool((outputs - wanted).square().sum() <= INVISIBLE * of_weights)

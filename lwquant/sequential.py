@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lwquant.activation_choice import activation_bits, sample_of
+from lwquant.activation_choice import activation_bits, sample_of, takes_int8_weights
 from lwquant.block_tuning import RoundedLinear, tune_block
 from lwquant.capture.record import catching_inputs
 from lwquant.capture.row_groups import RowGroupSums, results, row_groups
@@ -168,10 +168,12 @@ def _quantize_block(walk: _Walk, index: int, block: nn.Module) -> Iterator[Quant
     for spec, one in done.items():
         if isinstance(one, RoundedLinear):
             final = learned.get(spec.name, one.start)
-            bits = walk.activation_bits or activation_bits(
-                samples[spec.input_group], one.target, final
+            layer = samples[spec.input_group], one.target, final
+            bits = walk.activation_bits or activation_bits(*layer)
+            final = replace(
+                final, activation_bits=bits, int8_weights=bits == 8 and takes_int8_weights(*layer)
             )
-            yield QuantizedLinearResult(spec, replace(final, activation_bits=bits))
+            yield QuantizedLinearResult(spec, final)
         else:
             yield QuantizedLinearResult(spec, one)
     for number, rows in enumerate(calibration_chunks(streams)):

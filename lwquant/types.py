@@ -80,6 +80,7 @@ class QuantizedWeight:
     notes: tuple[str, ...] = ()  # what the quantizer had to do out of the ordinary
     outliers: Outliers | None = None  # None where the scheme has none
     activation_bits: int = 16  # that kernels hold its inputs in; see activation_choice.py
+    int8_weights: bool = False  # whether they may round the weight to int8 for many tokens
 
     @property
     def zero_points(self) -> Tensor:

@@ -125,17 +125,17 @@ def test_the_kl_seen_while_quantizing_is_the_kl_of_the_saved_model(
             q = model(held_out).logits[:, :-1].log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1).mean().item()
 
-    chosen = {
-        name: module.activation_bits
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
-    }
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    chosen = {name: layer.activation_bits for name, layer in linears.items()}
     assert chosen == {
         name: linear.activation_bits
         for name, linear in inspect_folder(made.folder).linears.items()
         if linear.activation_bits is not None
     }
     assert 8 in chosen.values()
+    config = model.config.quantization_config.to_dict()
+    narrow = {name for name, layer in linears.items() if layer.int8_weights}
+    assert narrow == set(config["int8_weights"]) and narrow
     with_eight = kl()
     lwquant.set_activation_bits(model, 16)
     assert kl() == pytest.approx(made.held_out.kl_divergence, rel=1e-3)

@@ -44,8 +44,10 @@ def candidate(
     name = f"{scheme.label}-a{activation_bits}"
 
     def tolerance(n_tokens: int) -> float:
-        in_bf16 = ops.runs_in_bf16(scheme.bits, n_tokens, activation_bits, bf16_inputs)
-        of_products = BF16 if in_bf16 else TOLERANCE[activation_bits]
+        rounded_to = ops.weights_rounded_to(
+            scheme.bits, True, n_tokens, activation_bits, bf16_inputs
+        )
+        of_products = BF16 if rounded_to == "bf16" else TOLERANCE[activation_bits]
         return of_products + BF16_RESULT * bf16_inputs
 
     return Candidate(name, scheme.bits, n_bytes, bind, dense, tolerance, activation_bits)
@@ -65,4 +67,4 @@ def _random_tiles(shape: Shape, scheme: QuantScheme) -> Tensor:
     else:
         zeros = words(n_groups, row_words(out_features, scheme.bits))
     codes = words(out_features, row_words(in_features, scheme.bits))
-    return ops.make_tiles(scheme, in_features, codes, scales, zeros)
+    return ops.make_tiles(scheme, in_features, codes, scales, zeros, int8_weights=True)

@@ -1,4 +1,4 @@
-"""The on-disk format, version 4: tensor names and the `quantization_config` of config.json.
+"""The on-disk format, version 5: tensor names and the `quantization_config` of config.json.
 
 A quantized linear `name` is stored as
     name.qweight  int32    (out_features, row_words(in_features, bits))  codes, row by row
@@ -14,8 +14,8 @@ and `name.bias` as it was. A linear left at 16 bits keeps `name.weight`. Names a
 the transformers model. No other file makes up these names. A linear with a `codebook` is stored as
 a symmetric one; what its codes stand for is in lwquant/codebooks.py, not in the file.
 
-`int8_activations` names the linears whose kernels may round inputs to 8 bits, see
-lwquant/activation_choice.py.
+`int8_activations` names the linears whose kernels may round inputs to 8 bits, `int8_weights` those
+of them that may round weights, too; see lwquant/activation_choice.py. Version 4 had only the first.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ from lwquant.scheme import FLOAT_BITS, QuantScheme, row_words
 from lwquant.types import QuantizedWeight
 
 QUANT_METHOD = "lwquant"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+_READ_VERSIONS = (4, 5)
 
 _FLOAT = QuantScheme(FLOAT_BITS)
-_CONFIG_KEYS = {"quant_method", "version", "bpw", "linears", "int8_activations"}
+_CONFIG_KEYS = {"quant_method", "version", "bpw", "linears", "int8_activations", "int8_weights"}
 _LINEAR_KEYS = {entry.name for entry in fields(QuantScheme)}
 
 
@@ -56,10 +57,14 @@ class QuantizationConfig:
     schemes: Mapping[str, QuantScheme]  # of every linear
     bpw: float  # stored bits per weight
     int8_activations: frozenset[str]  # linears
+    int8_weights: frozenset[str]  # some of those
 
 
 def quantization_config(
-    schemes: Mapping[str, QuantScheme], bpw: float, int8_activations: Collection[str] = ()
+    schemes: Mapping[str, QuantScheme],
+    bpw: float,
+    int8_activations: Collection[str] = (),
+    int8_weights: Collection[str] = (),
 ) -> dict[str, Any]:
     """What config.json says about the quantization; `parse_quantization_config` reads it back."""
     return {
@@ -68,6 +73,7 @@ def quantization_config(
         "bpw": bpw,
         "linears": {name: asdict(scheme) for name, scheme in schemes.items()},
         "int8_activations": sorted(int8_activations),
+        "int8_weights": sorted(int8_weights),
     }
 
 
@@ -84,11 +90,13 @@ def parse_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig:
             f"{QUANT_METHOD!r}"
         )
     version = config.get("version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version not in _READ_VERSIONS or isinstance(version, bool):
         raise CheckpointError(
-            f"quantization_config: version={version!r} is not {FORMAT_VERSION}, the only one that "
-            "this lwquant reads"
+            f"quantization_config: version={version!r} is not one that this lwquant reads: "
+            f"{_READ_VERSIONS}"
         )
+    if version == 4:
+        config = {"int8_weights": [], **config}
     _check_keys("quantization_config", config, _CONFIG_KEYS)
     bpw, linears = config["bpw"], config["linears"]
     if not _is_number(bpw) or not (math.isfinite(bpw) and bpw > 0):
@@ -96,9 +104,10 @@ def parse_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig:
     if not isinstance(linears, Mapping) or not linears:
         raise CheckpointError("quantization_config: linears names no linear")
     schemes = {name: _parse_linear(name, entry) for name, entry in linears.items()}
-    return QuantizationConfig(
-        schemes, float(bpw), _parse_int8_activations(config["int8_activations"], schemes)
-    )
+    quantized = {name for name, scheme in schemes.items() if not scheme.is_float}
+    activations = _parse_names(config, "int8_activations", quantized, "quantized linear")
+    weights = _parse_names(config, "int8_weights", activations, "linear with int8 activations")
+    return QuantizationConfig(schemes, float(bpw), activations, weights)
 
 
 def tensors_of(name: str, quantized: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
@@ -163,13 +172,15 @@ def _parse_linear(name: str, entry: Any) -> QuantScheme:
     return scheme
 
 
-def _parse_int8_activations(names: Any, schemes: Mapping[str, QuantScheme]) -> frozenset[str]:
-    where = "quantization_config: int8_activations"
+def _parse_names(
+    config: Mapping[str, Any], key: str, known: Collection[str], what: str
+) -> frozenset[str]:
+    names, where = config[key], f"quantization_config: {key}"
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{where} is not a list of names")
     for name in names:
-        if name not in schemes or schemes[name].is_float:
-            raise CheckpointError(f"{where} names {name!r}, which is no quantized linear")
+        if name not in known:
+            raise CheckpointError(f"{where} names {name!r}, which is no {what}")
     return frozenset(names)
 
 

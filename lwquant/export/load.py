@@ -45,21 +45,23 @@ class LwquantConfig(QuantizationConfigMixin):
         schemes: Mapping[str, QuantScheme],
         bpw: float,
         int8_activations: Collection[str] = (),
+        int8_weights: Collection[str] = (),
     ) -> None:
         self.schemes = dict(schemes)
         self.bpw = bpw
         self.int8_activations = frozenset(int8_activations)
+        self.int8_weights = frozenset(int8_weights)
 
     @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         parsed = parse_quantization_config(config_dict)
-        config = cls(parsed.schemes, parsed.bpw, parsed.int8_activations)
+        config = cls(parsed.schemes, parsed.bpw, parsed.int8_activations, parsed.int8_weights)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return quantization_config(self.schemes, self.bpw, self.int8_activations)
+        return quantization_config(self.schemes, self.bpw, self.int8_activations, self.int8_weights)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
@@ -82,7 +84,8 @@ class LwquantQuantizer(HfQuantizer):
         packed: dict[str, Layout] = {}
         for name, scheme in schemes.items():
             packed |= layout_of(name, *features_of(find_linear(model, name)), scheme)
-        replace_linears(model, schemes, self.quantization_config.int8_activations)
+        config = self.quantization_config
+        replace_linears(model, schemes, config.int8_activations, config.int8_weights)
         _skip_initialization(model)
 
         entries: dict[str, TensorEntry] = {}

@@ -74,6 +74,7 @@ class ModelWriter:
         self._weights = {f"{name}.weight" for name in self._missing}
         self._written: dict[str, QuantScheme] = {}
         self.activation_bits: dict[str, int] = {}  # of the quantized linears written so far
+        self._int8_weights: list[str] = []
 
     def linear(self, spec: LinearSpec, weight: QuantizedWeight | Tensor) -> None:
         """Write one linear: quantized, or float16/bfloat16 (out_features, in_features).
@@ -95,6 +96,8 @@ class ModelWriter:
                 self._shards.add(name, tensor)
             self._written[spec.name] = weight.scheme
             self.activation_bits[spec.name] = weight.activation_bits
+            if weight.int8_weights:
+                self._int8_weights.append(spec.name)
         else:
             self._shards.add(f"{spec.name}.weight", self._as_stored(spec.name, weight))
             self._written[spec.name] = QuantScheme(FLOAT_BITS)
@@ -139,7 +142,9 @@ class ModelWriter:
             key = next(key for key, name in self._names.items() if name in self._weights)
             config["dtype"] = str(self._checkpoint.dtype(key)).removeprefix("torch.")
         narrow = [name for name, bits in self.activation_bits.items() if bits == 8]
-        config["quantization_config"] = quantization_config(schemes, bpw, narrow)
+        config["quantization_config"] = quantization_config(
+            schemes, bpw, narrow, self._int8_weights
+        )
         path = self._folder / "config.json"
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

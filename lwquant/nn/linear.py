@@ -64,11 +64,13 @@ class QuantizedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         activation_bits: int = 16,
+        int8_weights: bool = False,
     ) -> None:
         """An empty layer to load into; `dtype` is that of the bias.
 
         `activation_bits` is what the kernels round inputs to, 8 or 16, see activation_choice.py;
-        it may be changed at any time.
+        it may be changed at any time. With `int8_weights` kernels may, beside 8-bit activations,
+        round weights to int8 where there are many tokens.
         """
         super().__init__()
         if scheme.is_float:
@@ -79,6 +81,7 @@ class QuantizedLinear(nn.Module):
         self.out_features = out_features
         self.scheme = scheme
         self.activation_bits = activation_bits
+        self.int8_weights = int8_weights
         n_groups, n_scales = scheme.n_groups(in_features), scheme.row_scales(in_features)
         code_words = row_words(in_features, scheme.bits)
         qweight = torch.zeros(out_features, code_words, dtype=torch.int32, device=device)
@@ -105,7 +108,12 @@ class QuantizedLinear(nn.Module):
         out_features, in_features = quantized.codes.shape
         _check_symmetric_zeros(quantized)
         layer = cls(
-            in_features, out_features, scheme, False, activation_bits=quantized.activation_bits
+            in_features,
+            out_features,
+            scheme,
+            False,
+            activation_bits=quantized.activation_bits,
+            int8_weights=quantized.int8_weights,
         )
         layer.qweight = ops.pack(quantized.codes, scheme.bits)
         layer.scales = stored_scales(quantized).detach().clone()
@@ -157,7 +165,9 @@ class QuantizedLinear(nn.Module):
                 return None
             zeros = None if self.zeros is None else self.zeros.cpu()
             in_host = self.qweight.cpu(), self.scales.cpu(), zeros
-            tiles = ops.make_tiles(self.scheme, self.in_features, *in_host).to(device)
+            tiles = ops.make_tiles(
+                self.scheme, self.in_features, *in_host, int8_weights=self.int8_weights
+            ).to(device)
             kernel = ops.TiledLinear(tiles, self.out_features, self.in_features, self._outliers)
             for name in ("qweight", "scales", "zeros"):
                 self._buffers[name] = None

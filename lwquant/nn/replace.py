@@ -25,7 +25,10 @@ def find_linear(model: nn.Module, name: str) -> nn.Linear | Conv1D:
 
 
 def replace_linears(
-    model: nn.Module, schemes: Mapping[str, QuantScheme], int8_activations: Collection[str] = ()
+    model: nn.Module,
+    schemes: Mapping[str, QuantScheme],
+    int8_activations: Collection[str] = (),
+    int8_weights: Collection[str] = (),
 ) -> None:
     """Put an empty QuantizedLinear in place of every linear whose scheme is not 16 bits.
 
@@ -49,6 +52,7 @@ def replace_linears(
             device=old.weight.device,
             dtype=old.weight.dtype,
             activation_bits=8 if name in int8_activations else 16,
+            int8_weights=name in int8_weights,
         )
         new.train(old.training)
         parent, _, leaf = name.rpartition(".")

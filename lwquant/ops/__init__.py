@@ -11,8 +11,8 @@ from lwquant.ops.native import (
     available_isas,
     compiled,
     isa,
-    runs_in_bf16,
     set_isa,
+    weights_rounded_to,
 )
 from lwquant.ops.schema import dequantize, linear, pack, unpack
 from lwquant.ops.tiles import (
@@ -38,9 +38,9 @@ __all__ = [
     "linear_tiled",
     "make_tiles",
     "pack",
-    "runs_in_bf16",
     "set_isa",
     "tiles_bytes",
     "unmake_tiles",
     "unpack",
+    "weights_rounded_to",
 ]

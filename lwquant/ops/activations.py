@@ -35,9 +35,13 @@ def rounded_activations(x: Tensor, bits: int, group_size: int) -> Tensor:
 
     Groups must be whole numbers of 32 inputs, or the whole row.
     """
+    return rounded_spans(x, span_size(x.shape[-1], group_size), LARGEST[bits])
+
+
+def rounded_spans(x: Tensor, size: int, most: int) -> Tensor:
+    """x (..., in_features) with `most` steps to the largest of every `size` inputs."""
     in_features = x.shape[-1]
-    size = span_size(in_features, group_size)
     spans = torch.nn.functional.pad(x, (0, -in_features % size)).unflatten(-1, (-1, size))
     largest = spans.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_RANGE)
-    codes = (spans * (LARGEST[bits] / largest)).round()
-    return (codes * (largest / LARGEST[bits])).flatten(-2)[..., :in_features]
+    codes = (spans * (most / largest)).round()
+    return (codes * (largest / most)).flatten(-2)[..., :in_features]

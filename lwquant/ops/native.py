@@ -70,12 +70,20 @@ def set_isa(name: str) -> None:
         _kernels.set_isa(name)
 
 
-def runs_in_bf16(bits: int, n_tokens: int, activation_bits: int, bf16_inputs: bool) -> bool:
-    """Whether the kernels round weights and inputs of such a call to bf16, not to integers."""
+def weights_rounded_to(
+    bits: int, int8_weights: bool, n_tokens: int, activation_bits: int, bf16_inputs: bool
+) -> str:
+    """What the kernels round weights and inputs of such a call to: "bf16", "int8", or "".
+
+    "" where codes are multiplied as they are, by inputs that are integers. `int8_weights` is what
+    tiles were made with.
+    """
     if _kernels is None:
-        return False
-    bf16: bool = _kernels.runs_in_bf16(bits, n_tokens, activation_bits, bf16_inputs)
-    return bf16
+        return ""
+    dtype: str = _kernels.weights_rounded_to(
+        bits, int8_weights, n_tokens, activation_bits, bf16_inputs
+    )
+    return dtype
 
 
 @functools.cache
@@ -142,6 +150,7 @@ def make_tiles_native(
     bits: int,
     group_size: int,
     in_features: int,
+    int8_weights: bool,
     tiles: Tensor,
 ) -> None:
     """Fill `tiles`, contiguous bytes."""
@@ -157,6 +166,7 @@ def make_tiles_native(
         *_zero_layout(zeros),
         bits,
         group_size,
+        int8_weights,
         torch.get_num_threads(),
         tiles.data_ptr(),
         tiles.numel(),

@@ -58,16 +58,25 @@ def tiles_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> int
 
 
 def make_tiles(
-    scheme: QuantScheme, in_features: int, qweight: Tensor, scales: Tensor, zeros: Tensor | None
+    scheme: QuantScheme,
+    in_features: int,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    int8_weights: bool = False,
 ) -> Tensor:
-    """Tiles of a layer in the stored layout, (bytes,) uint8. Raises LwquantError without kernel."""
+    """Tiles of a layer in the stored layout, (bytes,) uint8. Raises LwquantError without kernel.
+
+    `int8_weights` lets kernels round weights to int8 where there are many tokens and activations
+    are int8, see int8_weights.py.
+    """
     out_features = qweight.shape[0]
     n_bytes = tiles_bytes(scheme, out_features, in_features)
     if not n_bytes:
         raise LwquantError(f"there is no kernel for scheme {scheme.label}")
     tiles = empty_bytes(n_bytes)
     native.make_tiles_native(
-        qweight, scales, zeros, scheme.bits, scheme.group_size, in_features, tiles
+        qweight, scales, zeros, scheme.bits, scheme.group_size, in_features, int8_weights, tiles
     )
     return tiles
 

@@ -96,7 +96,8 @@ inline void require_product(const Registers& own, int sums, int a, int b) {
   require(own.row_bytes[a] == 4 * own.rows[b], "as many inputs of a as of b");
 }
 
-// sums (int32) += a (int8) b (uint8); b has four inputs of each of its columns in a row.
+// sums (int32) += a (int8) b (TYPE: int8 or uint8); b has four inputs of each of its columns in a row.
+template <typename TYPE>
 inline void add_products(int sums, int a, int b) {
   Registers& own = registers();
   require_product(own, sums, a, b);
@@ -105,7 +106,8 @@ inline void add_products(int sums, int a, int b) {
       int32_t sum;
       memcpy(&sum, own.data[sums][m] + 4 * n, sizeof sum);
       for (int k = 0; k < own.row_bytes[a]; ++k) {
-        sum += static_cast<int8_t>(own.data[a][m][k]) * own.data[b][k / 4][4 * n + k % 4];
+        const TYPE other = static_cast<TYPE>(own.data[b][k / 4][4 * n + k % 4]);
+        sum += static_cast<int8_t>(own.data[a][m][k]) * other;
       }
       memcpy(own.data[sums][m] + 4 * n, &sum, sizeof sum);
     }
@@ -142,5 +144,6 @@ inline void add_bf16_products(int sums, int a, int b) {
 #define _tile_zero(t) ::lwquant::emulated::zero(t)
 #define _tile_loadd(t, memory, stride) ::lwquant::emulated::load(t, memory, stride)
 #define _tile_stored(t, memory, stride) ::lwquant::emulated::store(t, memory, stride)
-#define _tile_dpbsud(sums, a, b) ::lwquant::emulated::add_products(sums, a, b)
+#define _tile_dpbsud(sums, a, b) ::lwquant::emulated::add_products<uint8_t>(sums, a, b)
+#define _tile_dpbssd(sums, a, b) ::lwquant::emulated::add_products<int8_t>(sums, a, b)
 #define _tile_dpbf16ps(sums, a, b) ::lwquant::emulated::add_bf16_products(sums, a, b)

@@ -14,17 +14,39 @@ using namespace lwquant;
 
 namespace {
 
+// What a call rounds weights and inputs to.
+enum class Rounded { kNothing, kBf16, kInt8 };
+
+Rounded rounded_to(const Layer& l, int64_t n_tokens, int activation_bits, bool bf16_inputs) {
+  const PanelKernels* panels = panel_kernels(l.is.bits, l.weight.int8_weights, n_tokens,
+                                             activation_bits, bf16_inputs);
+  if (!panels) return Rounded::kNothing;
+  return strcmp(panels->type, "int8") == 0 ? Rounded::kInt8 : Rounded::kBf16;
+}
+
+// The largest weight that codes may stand for among the 256 inputs that share an int8 step.
+double reach(const Layer& l, int64_t row, int64_t input) {
+  double found = 0;
+  const int64_t first = input / 256 * 256;
+  for (int64_t k = first; k < first + 256 && k < l.is.in_features; ++k) {
+    const size_t group = static_cast<size_t>(row * l.n_groups + k / l.is.group_size);
+    const double highest = (1 << l.is.bits) - 1 - l.zeros[group];
+    found = fmax(found, l.scales[group] * fmax(l.zeros[group], highest));
+  }
+  return found;
+}
+
 // Whether y is what the layer makes of x, up to what its roundings may change; `place` is what the
 // last place of a result is worth.
 void check_results(const Layer& l, const Exact<float>& x, const Exact<float>& y, int64_t n_tokens,
-                   int bits, bool in_bf16, double place) {
+                   int bits, Rounded to, double place) {
   const int64_t in = l.is.in_features, out = l.is.out_features;
   double errors = 0, products = 0;  // squares: roundings of different products do not add up
   for (int64_t t = 0; t < n_tokens; ++t) {
     double largest = 0x1p-100;
     for (int64_t k = 0; k < in; ++k) largest = fmax(largest, fabs(x[t * in + k]));
     for (int64_t r = 0; r < out; ++r) {
-      double exact = l.bias[r], step = 0, size = fabs(l.bias[r]), rounded = 0;
+      double exact = l.bias[r], step = 0, size = fabs(l.bias[r]), rounded = 0, int8_step = 0;
       for (int64_t k = 0; k < in; ++k) {
         const size_t group = static_cast<size_t>(r * l.n_groups + k / l.is.group_size);
         const double value = x[t * in + k], weight = l.at(r, k);
@@ -34,13 +56,18 @@ void check_results(const Layer& l, const Exact<float>& x, const Exact<float>& y,
                 (l.scales[group] + 1);
         // Half a step of bf16's 8 bits each; a weight is found as (256 + code) - (256 + zero).
         const double base = fabs(weight - l.outliers[static_cast<size_t>(r * in + k)]);
-        const double of_weight = 0x1p-8 * base + 0x1p-14 * l.scales[group];
-        const double of_input = 0x1p-8 * fabs(value) + 0x1p-126;
+        double of_weight = 0x1p-8 * base + 0x1p-14 * l.scales[group];
+        double of_input = 0x1p-8 * fabs(value) + 0x1p-126;
+        if (to == Rounded::kInt8) {
+          if (k % 256 == 0) int8_step = reach(l, r, k) / 127;
+          of_weight = 0.54 * int8_step;  // half, and what sixteen bits lose in between
+          of_input = 0.51 * largest / 127;
+        }
         rounded += (fabs(value) + of_input) * of_weight + base * of_input;
         products += pow(value * (base + 0x1p-6 * l.scales[group]), 2);
       }
       const double half_step = 0.51 * largest / largest_activation(bits);
-      double bound = (in_bf16 ? rounded : half_step * step) +
+      double bound = (to != Rounded::kNothing ? rounded : half_step * step) +
                      static_cast<double>(in + 32) * 0x1p-24 * size;
       bound += place / 2 * (fabs(exact) + bound + 0x1p-126);
       if (!(fabs(y[t * out + r] - exact) <= bound)) fail(l.is, "linear is off");
@@ -48,7 +75,7 @@ void check_results(const Layer& l, const Exact<float>& x, const Exact<float>& y,
       products += pow(0x1p-16 * size, 2);
     }
   }
-  if (in_bf16 && l.is.values == Values::kUsual && errors > 0x1p-13 * products) {
+  if (to == Rounded::kBf16 && l.is.values == Values::kUsual && errors > 0x1p-13 * products) {
     fail(l.is, "linear is off on average");
   }
 }
@@ -66,14 +93,14 @@ void check_bf16(const Layer& l, const Tiles& tiles, const Exact<float>& x, int64
       !linear(tiles, outliers, l.bias.get(), wide.get(), n_tokens, bits, 1, of_wide.get())) {
     fail(l.is, "linear refused finite inputs");
   }
-  const bool in_bf16 = runs_in_bf16(l.is.bits, n_tokens, bits, true);
-  if (in_bf16 == runs_in_bf16(l.is.bits, n_tokens, bits, false)) {
+  const Rounded to = rounded_to(l, n_tokens, bits, true);
+  if (to == rounded_to(l, n_tokens, bits, false)) {
     narrow_to_bf16(of_wide.get(), of_wide.size(), expected.get());
     const size_t n_bytes = sizeof(uint16_t) * static_cast<size_t>(y.size());
     if (memcmp(y.get(), expected.get(), n_bytes) != 0) fail(l.is, "bf16 is not rounded float32");
   } else {
     widen_bf16(y.get(), y.size(), of_wide.get());
-    check_results(l, wide, of_wide, n_tokens, bits, in_bf16, 0x1p-7);
+    check_results(l, wide, of_wide, n_tokens, bits, to, 0x1p-7);
   }
 }
 
@@ -93,8 +120,9 @@ void check_linear(const Layer& l, const Tiles& tiles, int64_t n_tokens, int bits
   if (memcmp(y.get(), again.get(), sizeof(float) * static_cast<size_t>(y.size())) != 0) {
     fail(l.is, "three threads give another result");
   }
-  const bool in_bf16 = runs_in_bf16(l.is.bits, n_tokens, bits, false);
-  check_results(l, x, y, n_tokens, bits, in_bf16, 0);
+  const Rounded to = rounded_to(l, n_tokens, bits, false);
+  const bool in_bf16 = to == Rounded::kBf16;
+  check_results(l, x, y, n_tokens, bits, to, 0);
   check_bf16(l, tiles, x, n_tokens, bits);
   memset(&x[x.size() - 1], 0xff, sizeof(float));  // NaN of all bits, which adding to them would lose
   const bool took_it = linear(tiles, l.weight.outliers, nullptr, x.get(), n_tokens, bits, 1, y.get());

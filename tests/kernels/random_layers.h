@@ -156,6 +156,7 @@ struct Layer {
               n_groups,
               row_size,
               row_words(c.out_features, c.bits),
+              random.below(2) == 1,
               {values.get(), columns.get(), nullptr, c.n_outliers ? rows.get() : nullptr}};
   }
 

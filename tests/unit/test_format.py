@@ -69,10 +69,22 @@ def random_outliers(scheme: QuantScheme, out_features: int, in_features: int) ->
 
 def test_the_config_survives_json_and_parsing():
     config = json.loads(json.dumps(quantization_config(SCHEMES, 3.625)))
-    assert parse_quantization_config(config) == QuantizationConfig(SCHEMES, 3.625, frozenset())
-    narrow = {"model.layers.0.up_proj", "model.layers.0.q_proj"}
-    config = json.loads(json.dumps(quantization_config(SCHEMES, 3.625, narrow)))
-    assert parse_quantization_config(config).int8_activations == narrow
+    none: frozenset[str] = frozenset()
+    assert parse_quantization_config(config) == QuantizationConfig(SCHEMES, 3.625, none, none)
+    narrow, narrower = (
+        {"model.layers.0.up_proj", "model.layers.0.q_proj"},
+        {"model.layers.0.q_proj"},
+    )
+    config = json.loads(json.dumps(quantization_config(SCHEMES, 3.625, narrow, narrower)))
+    parsed = parse_quantization_config(config)
+    assert (parsed.int8_activations, parsed.int8_weights) == (narrow, narrower)
+
+
+def test_a_config_of_version_4_has_no_int8_weights():
+    config = quantization_config(SCHEMES, 3.5, ["model.layers.0.q_proj"]) | {"version": 4}
+    del config["int8_weights"]
+    parsed = parse_quantization_config(config)
+    assert parsed.int8_activations == {"model.layers.0.q_proj"} and not parsed.int8_weights
 
 
 @pytest.mark.parametrize(
@@ -90,11 +102,20 @@ def test_int8_activations_of_what_is_not_quantized_are_refused(names, message):
         parse_quantization_config(config)
 
 
-def test_the_config_is_spelled_as_version_4():
-    assert quantization_config(SCHEMES, 3.5, {"b", "a"}) == {
+def test_int8_weights_beside_wider_activations_are_refused():
+    q, o = "model.layers.0.q_proj", "model.layers.0.o_proj"
+    config = quantization_config(SCHEMES, 3.5, [q], [q, o])
+    message = f"int8_weights names '{o}', which is no linear with int8 activations"
+    with pytest.raises(CheckpointError, match=message):
+        parse_quantization_config(config)
+
+
+def test_the_config_is_spelled_as_version_5():
+    assert quantization_config(SCHEMES, 3.5, {"b", "a"}, {"b"}) == {
         "quant_method": "lwquant",
-        "version": 4,
+        "version": 5,
         "int8_activations": ["a", "b"],
+        "int8_weights": ["b"],
         "bpw": 3.5,
         "linears": {
             "model.layers.0.q_proj": entry(3, 64, False, 16),
@@ -112,9 +133,9 @@ def test_the_config_is_spelled_as_version_4():
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method='gptq' is not 'lwquant'"),
-        ({"version": 2}, "version=2 is not 4"),
-        ({"version": True}, "version=True is not 4"),
-        ({"version": "4"}, "version='4' is not 4"),
+        ({"version": 2}, "version=2 is not one"),
+        ({"version": True}, "version=True is not one"),
+        ({"version": "4"}, "version='4' is not one"),
         ({"desc_act": True}, "unknown keys: desc_act"),
         ({"bpw": "3.5"}, "bpw='3.5' is not a positive number"),
         ({"bpw": float("nan")}, "bpw=nan is not a positive number"),
@@ -123,12 +144,14 @@ def test_the_config_is_spelled_as_version_4():
         ({"linears": []}, "linears names no linear"),
     ],
 )
-def test_a_config_that_is_not_version_4_is_refused(change, message):
+def test_a_config_of_no_known_version_or_shape_is_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
         parse_quantization_config(quantization_config(SCHEMES, 3.5) | change)
 
 
-@pytest.mark.parametrize("key", ["quant_method", "version", "bpw", "linears", "int8_activations"])
+@pytest.mark.parametrize(
+    "key", ["quant_method", "version", "bpw", "linears", "int8_activations", "int8_weights"]
+)
 def test_a_config_that_lacks_a_key_is_refused_by_its_name(key):
     config = quantization_config(SCHEMES, 3.5)
     del config[key]

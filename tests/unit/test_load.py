@@ -491,7 +491,7 @@ def test_a_truncated_shard_is_an_error_that_names_the_file(llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(version=2), "version=2 is not 4"),
+        (lambda q: q.update(version=2), "version=2 is not one"),
         (lambda q: q["linears"].update({"model.nope": EIGHT}), "no module 'model.nope'"),
         (lambda q: q["linears"].update({"model.norm": EIGHT}), "'model.norm' is a .*Norm, not"),
     ],
