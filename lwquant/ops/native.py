@@ -218,8 +218,10 @@ class TiledLinear:
         apart from float32 summation no further from it than Σ over groups of |scale| · max|x| ·
         0.51 / L · Σ|code − zero|: the kernels hold x as integers up to L, 32639 at 16 bits and 127
         at 8. tests/unit/test_ops_linear.py derives the bound and holds every kernel to it. Where
-        runs_in_bf16() weights and x are rounded to bf16 instead, by 2⁻⁸ of themselves at most, and
-        NaN and infinity stay in their tokens. See csrc/linear_amx_bf16.cpp, test_ops_bf16.py.
+        weights_rounded_to() says "bf16", weights and x are rounded to that, by 2⁻⁸ of themselves at
+        most, and NaN and infinity stay in their tokens: csrc/linear_amx_bf16.cpp, test_ops_bf16.py.
+        Where it says "int8" they become steps of 1/127 of the largest among 256 inputs:
+        int8_weights.py, csrc/linear_amx_int8.cpp, test_ops_int8.py.
         """
         y = x.new_empty((*x.shape[:-1], self.out_features))
         return y if self.fill(y, x, x.numel() // self.in_features, bias, activation_bits) else None

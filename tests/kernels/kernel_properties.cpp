@@ -5,6 +5,7 @@
 //   kernel_properties [N]    every Nth case; prints the instruction sets it ran, one a line, or the
 //                            case that failed on stderr, with status 1
 #include "random_layers.h"
+#include "workspace.h"
 
 #ifdef LWQUANT_EMULATE_AMX
 #include "emulated_amx.h"
@@ -204,6 +205,13 @@ void check_rounding(Random& random) {
   }
 }
 
+// A sanitizer sees where it is smaller than asked for.
+void check_workspace() {
+  for (const size_t size : {size_t{100}, size_t{9} << 20, size_t{1}, size_t{20} << 20}) {
+    memset(thread_workspace(size), 1, size);
+  }
+}
+
 #ifdef LWQUANT_EMULATE_AMX
 // Other libraries set AMX's registers up once and use them in later calls.
 void check_registers_stay(Random& random) {
@@ -226,6 +234,7 @@ void check_registers_stay(Random& random) {
 }  // namespace
 
 int main(int n_arguments, char** arguments) {
+  check_workspace();
   const int64_t every = n_arguments > 1 ? atoi(arguments[1]) : 1;
   const Isa* isas[8];
   const int n = available_isas(isas, 8);
