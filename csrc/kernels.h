@@ -67,11 +67,10 @@ struct Span {
   bool finite;  // false: there is NaN or infinity in it, and the rest means nothing
 };
 
-// Inputs of a layer as many tokens' kernels read them, in sets of 16 tokens, the last filled up with
-// zeros.
+// Inputs of a layer as many tokens' kernels read them, in sets of 16 tokens.
 struct PanelInputs {
   const uint8_t* values;  // as the kernels arrange them
-  const float* scales;    // (n_spans, whole sets of tokens), or null: values have none
+  const float* scales;    // of int8: (n_spans, whole pairs of sets)
   int64_t n_tokens;
   int64_t first_input, n_inputs;  // n_inputs are filled up with zeros beyond in_features
 };
@@ -83,15 +82,16 @@ struct PanelKernels {
   const char* type;  // of values
   int value_bytes;
   int64_t span_inputs;  // that share a scale; parts of the inputs are whole spans
-  // Rounds n inputs of x, whose tokens lie `stride` apart, and fills them up to n_padded of them.
+  // Rounds n inputs of x, whose tokens lie `stride` apart, and fills them up with zeros to n_padded
+  // of them; int8 also to whole spans, and the tokens to whole pairs of sets: there is room for that.
   // False: there is NaN or infinity in x, which the type does not have.
   bool (*arrange)(const float* x, int64_t n_tokens, int64_t stride, int64_t n, int64_t n_padded,
                   uint8_t* values, float* scales);
   bool (*arrange_bf16)(const uint16_t* x, int64_t n_tokens, int64_t stride, int64_t n,
                        int64_t n_padded, uint8_t* values, float* scales);
   // What those inputs make of the tiles' rows, from y on, tokens `stride` apart: bias is added to
-  // the first inputs' products, what y holds to the others'. `room` is for kStripRows rows of
-  // n_inputs values and a float for each span of a row, aligned to lines.
+  // the first inputs' products, what y holds to the others'. `room` is for kStripRows rows of whole
+  // spans of values and a float for each span of a row, aligned to lines.
   void (*multiply)(const Tiles&, const PanelInputs&, int64_t tile, int64_t n_tiles,
                    const float* bias, uint8_t* room, int64_t stride, float* y);
   void (*narrow)(const float* from, int64_t n, uint16_t* to);  // as narrow_to_bf16()
@@ -200,7 +200,7 @@ const PanelKernels* panel_kernels(int bits, bool int8_weights, int64_t n_tokens,
 // holds NaN or infinity, which integers cannot: y means nothing then.
 bool linear(const Tiles&, const Outliers&, const float* bias, const float* x, int64_t n_tokens,
             int activation_bits, int n_threads, float* y);
-// The same of bf16: what float32 gives, rounded, where both take integers or both bf16.
+// The same of bf16: what float32 gives, rounded, where both are rounded to the same type.
 bool linear(const Tiles&, const Outliers&, const float* bias, const uint16_t* x, int64_t n_tokens,
             int activation_bits, int n_threads, uint16_t* y);
 // out (n_rows, in_features): rows [row, row + n_rows) as float32.

@@ -1,5 +1,6 @@
 // The tiles' matmul with AMX: 5 tokens and more on tile registers. Fewer run on AVX-512, and so do
-// groups of 32, whose sums take longer to scale than the registers save. Many: linear_amx_bf16.cpp.
+// groups of 32, whose sums take longer to scale than the registers save. Many:
+// linear_amx_int8.cpp, linear_amx_bf16.cpp.
 //
 // A tile register of codes holds 16 vectors as they are unpacked: 64 inputs of 16 rows. One of
 // activations holds the same inputs of 16 tokens, as they lie in a span. Their product is 16 x 16 sums,

@@ -40,12 +40,17 @@ constexpr int64_t steps_of(int64_t n_inputs) { return (n_inputs + kStepInputs - 
 
 INLINE Floats magnitude(Floats v) { return _mm512_abs_ps(v); }
 
+// Of magnitudes, by their bits: NaN is the largest, so that it is not lost.
+INLINE Floats larger(Floats a, Floats b) {
+  return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+
 // The largest weight that a row's codes of a group may stand for.
 template <int BITS>
 INLINE Floats reach(const GroupParams& of_group) {
   const Floats top = all(static_cast<float>((1 << BITS) - 1));
   const Floats highest = _mm512_fmsub_ps(of_group.scales[0], top, of_group.below[0]);
-  return _mm512_max_ps(magnitude(of_group.below[0]), magnitude(highest));
+  return larger(magnitude(of_group.below[0]), magnitude(highest));
 }
 
 // Codes of 16 rows, four inputs each, to int8: in sixteen bits, of which the upper eight remain.
@@ -101,7 +106,7 @@ void unpack_weights(const Tiles& w, int64_t tile, int64_t first, int64_t n, int6
     for (int64_t seen = group_rest; seen < rest; seen += group_inputs) {
       GroupParams next;
       ahead.next(w, next);
-      range = _mm512_max_ps(range, reach<BITS>(next));
+      range = larger(range, reach<BITS>(next));
     }
     const __mmask16 some = _mm512_cmp_ps_mask(range, _mm512_setzero_ps(), _CMP_GT_OQ);
     const Floats per_step = _mm512_maskz_div_ps(some, all(256 * kLargest), range);

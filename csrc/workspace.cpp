@@ -26,6 +26,11 @@ struct Workspace {
 
 uint8_t* thread_workspace(size_t size) {
   static thread_local Workspace own;
+#ifdef __SANITIZE_ADDRESS__
+  own = Workspace();  // anew, and no larger than asked for, so that the sanitizer sees its end
+  own.data.reset(static_cast<uint8_t*>(aligned_alloc(64, (size + 63) / 64 * 64)));
+  return own.data.get();
+#endif
   if (own.size < size) {
     const size_t pages = (size + kHugePage - 1) / kHugePage * kHugePage;
     own = Workspace();

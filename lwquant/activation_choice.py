@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lwquant.ops.activations import rounded_activations
-from lwquant.ops.int8_weights import WIDEST, int8_inputs, int8_weight
+from lwquant.ops.int8_weights import WIDEST, int8_inputs, int8_weight, without_outliers
 from lwquant.ops.tiles import fits_kernels
 from lwquant.types import QuantizedWeight
 
@@ -39,7 +39,7 @@ def activation_bits(inputs: Tensor, target: Tensor, quantized: QuantizedWeight) 
     if not fits_kernels(quantized.scheme, inputs.shape[-1]):
         return 16
     rounded = rounded_activations(inputs, 8, quantized.scheme.group_size)
-    outputs = rounded @ quantized.dequantize().T
+    outputs = rounded @ without_outliers(quantized).dequantize().T
     return 8 if _is_invisible(outputs, inputs, target, quantized) else 16
 
 
@@ -55,7 +55,11 @@ def takes_int8_weights(inputs: Tensor, target: Tensor, quantized: QuantizedWeigh
 def _is_invisible(
     outputs: Tensor, inputs: Tensor, target: Tensor, quantized: QuantizedWeight
 ) -> bool:
-    """Whether what the kernel makes of the inputs is off by little beside the weight's rounding."""
-    wanted = inputs @ quantized.dequantize().T
-    of_weights = (wanted - inputs @ target.T).square().sum()
-    return bool((outputs - wanted).square().sum() <= INVISIBLE * of_weights)
+    """Whether outputs are off by little beside the weight's rounding.
+
+    `outputs` are the kernel's, without what outliers add in float32. Inputs of nothing but zeros
+    are no evidence.
+    """
+    added = (outputs - inputs @ without_outliers(quantized).dequantize().T).square().sum()
+    of_weights = (inputs @ (quantized.dequantize() - target).T).square().sum()
+    return bool((added <= INVISIBLE * of_weights) & (of_weights > 0))

@@ -95,9 +95,9 @@ def parse_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig:
             f"quantization_config: version={version!r} is not one that this lwquant reads: "
             f"{_READ_VERSIONS}"
         )
-    if version == 4:
-        config = {"int8_weights": [], **config}
-    _check_keys("quantization_config", config, _CONFIG_KEYS)
+    added: dict[str, Any] = {} if version == FORMAT_VERSION else {"int8_weights": []}
+    _check_keys("quantization_config", config, _CONFIG_KEYS - added.keys())
+    config = {**config, **added}
     bpw, linears = config["bpw"], config["linears"]
     if not _is_number(bpw) or not (math.isfinite(bpw) and bpw > 0):
         raise CheckpointError(f"quantization_config: bpw={bpw!r} is not a positive number")

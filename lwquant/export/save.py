@@ -96,7 +96,7 @@ class ModelWriter:
                 self._shards.add(name, tensor)
             self._written[spec.name] = weight.scheme
             self.activation_bits[spec.name] = weight.activation_bits
-            if weight.int8_weights:
+            if weight.int8_weights and weight.activation_bits == 8:
                 self._int8_weights.append(spec.name)
         else:
             self._shards.add(f"{spec.name}.weight", self._as_stored(spec.name, weight))

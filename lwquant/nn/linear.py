@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
 
         `activation_bits` is what the kernels round inputs to, 8 or 16, see activation_choice.py;
         it may be changed at any time. With `int8_weights` kernels may, beside 8-bit activations,
-        round weights to int8 where there are many tokens.
+        round weights to int8 where there are many tokens; that is laid out with the weight.
         """
         super().__init__()
         if scheme.is_float:

@@ -7,6 +7,8 @@ each call; this is the same in torch, to measure what it costs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,24 +16,31 @@ from lwquant.ops.activations import LARGEST, rounded_spans
 from lwquant.types import QuantizedWeight
 
 SPAN = 256  # inputs of a row, or of a token, that share a scale
+_SMALLEST = 2.0**-126  # of steps: where all scales are 0 there are none
 WIDEST = 4  # bits of codes: weights of more would lose much of what they say
 
 
 def int8_weight(quantized: QuantizedWeight) -> Tensor:
-    """The weight with int8 steps, (out_features, in_features) float32; outliers stay as they are.
+    """The weight with int8 steps, (out_features, in_features) float32, without its outliers.
 
     A step is 1/127 of what the lowest or the highest code stands for in any group of the span.
+    Outliers are added apart from it, in float32.
     """
-    in_features = quantized.codes.shape[1]
     top = 2**quantized.scheme.bits - 1
-    zeros, scales = quantized.zero_points, quantized.scales.float()
-    reach = torch.maximum(zeros, top - zeros).abs() * scales.abs()
-    by_input = reach[:, quantized.group_of_inputs()]
-    spans = torch.nn.functional.pad(by_input, (0, -in_features % SPAN)).unflatten(-1, (-1, SPAN))
-    step = spans.amax(-1).repeat_interleave(SPAN, dim=1)[:, :in_features] / LARGEST[8]
-    weight = quantized.steps() * scales[:, quantized.group_of_inputs()]
-    rounded = torch.where(step > 0, (weight / step).round() * step, 0.0)
-    return quantized.plus_outliers(rounded)
+    zeros, group = quantized.zero_points, quantized.group_of_inputs()
+    reach = torch.maximum(zeros, top - zeros).abs() * quantized.scales.float().abs()
+    weight = without_outliers(quantized).dequantize()
+    for first in range(0, weight.shape[1], SPAN):
+        span = weight[:, first : first + SPAN]
+        of_span = group[first : first + SPAN]
+        groups = reach[:, int(of_span[0]) : int(of_span[-1]) + 1]
+        step = (groups.amax(1, keepdim=True) / LARGEST[8]).clamp_min(_SMALLEST)
+        span.div_(step).round_().mul_(step)
+    return weight
+
+
+def without_outliers(quantized: QuantizedWeight) -> QuantizedWeight:
+    return replace(quantized, outliers=None)
 
 
 def int8_inputs(x: Tensor) -> Tensor:

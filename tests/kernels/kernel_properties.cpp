@@ -173,9 +173,12 @@ void check_many_inputs(Random& random) {
   const int64_t shapes[][2] = {{18, 4097}, {18, 9000}, {270, 1100}};  // the last for threads
   for (const auto& shape : shapes) {
     const Case c = {4, shape[0], shape[1], 96, false, Zeros::kWhole, 7, Values::kUsual};
-    const Layer l(c, random);
-    const OwnTiles own(l);
-    check_linear(l, own.tiles, 65, 8, random);
+    Layer l(c, random);
+    for (const bool int8_weights : {false, true}) {
+      l.weight.int8_weights = int8_weights;
+      const OwnTiles own(l);
+      check_linear(l, own.tiles, 65, 8, random);
+    }
   }
 }
 

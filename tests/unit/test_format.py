@@ -85,6 +85,8 @@ def test_a_config_of_version_4_has_no_int8_weights():
     del config["int8_weights"]
     parsed = parse_quantization_config(config)
     assert parsed.int8_activations == {"model.layers.0.q_proj"} and not parsed.int8_weights
+    with pytest.raises(CheckpointError, match="unknown keys: int8_weights"):
+        parse_quantization_config(config | {"int8_weights": []})
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,16 @@ def test_infinity_and_nan_leave_int8():
         torch.testing.assert_close(got[rest].double(), exact[rest], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+@pytest.mark.parametrize("group", [0, 2, 3])
+def test_a_scale_that_is_no_number_is_not_lost(scale, group):
+    layer = random_layer(40, 320, 4, 64)
+    layer.scales[7, group] = scale
+    got = run(layer, random_inputs(FEWEST, 320))
+    assert not got[:, 7].isfinite().any()
+    assert got[:, :7].isfinite().all() and got[:, 8:].isfinite().all()
+
+
 def test_outliers_are_added_in_float32():
     layer = random_layer(33, 1000, 3, 64)
     outliers = random_outliers(33, 1000, 600)

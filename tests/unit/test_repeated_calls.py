@@ -182,7 +182,7 @@ def test_activation_bits_may_change_at_any_time():
 
 def test_threads_of_different_shapes_do_not_meet():
     layer = fresh()
-    inputs = [torch.randn(n, INPUTS) for n in (1, 2, 3, 8)]
+    inputs = [torch.randn(n, INPUTS) for n in (1, 2, 3, 8, 70, 130)]
     with torch.no_grad():
         wanted = [fresh()(x) for x in inputs]
     wrong = []
