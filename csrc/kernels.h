@@ -97,10 +97,8 @@ struct PanelKernels {
   void (*narrow)(const float* from, int64_t n, uint16_t* to);  // as narrow_to_bf16()
 };
 
-// Codes of more bits would lose much of what they say in int8.
-constexpr int kWidestInt8 = 4;
-
 constexpr int kSetTokens = 16;
+constexpr int kPairTokens = 2 * kSetTokens;
 constexpr int kStripRows = 2 * kTileOutputs;
 
 // One instruction set.

@@ -100,8 +100,7 @@ struct Panels {
     part_spans = (n_spans + n_parts - 1) / n_parts;
     part_inputs = part_spans * span;
     n_parts = (n_spans + part_spans - 1) / part_spans;
-    const int64_t pair = 2 * kSetTokens;
-    tokens = kPanelBytes / (part_inputs * kernels.value_bytes) / pair * pair;
+    tokens = kPanelBytes / (part_inputs * kernels.value_bytes) / kPairTokens * kPairTokens;
   }
 };
 
@@ -111,7 +110,7 @@ bool linear_panels(const PanelKernels& kernels, const Tiles& w, const Outliers& 
   const int64_t in_features = w.is.in_features, out_features = w.is.out_features;
   const Panels panels(kernels, w.padded_inputs);
   const int64_t n_most = std::min(n_tokens, panels.tokens);
-  const int64_t n_places = (n_most + 2 * kSetTokens - 1) / (2 * kSetTokens) * (2 * kSetTokens);
+  const int64_t n_places = (n_most + kPairTokens - 1) / kPairTokens * kPairTokens;
   // Results in float32 are their own sums. For bf16 each thread has sums of one block, which stay
   // in its cache; only where blocks come again for other inputs there are sums of all.
   const bool sums_of_all = panels.n_parts > 1;
@@ -219,6 +218,7 @@ bool linear_of(const Tiles& w, const Outliers& outliers, const float* bias, cons
 const PanelKernels* panel_kernels(int bits, bool int8_weights, int64_t n_tokens,
                                   int activation_bits, bool bf16_inputs) {
   const Isa& isa = current_isa();
+  constexpr int kWidestInt8 = 4;       // more bits would lose much of what they say
   constexpr int64_t kFewestInt8 = 32;  // fewer are faster with the codes as they are
   if (isa.int8 && int8_weights && bits <= kWidestInt8 && activation_bits == 8) {
     return n_tokens >= kFewestInt8 ? isa.int8 : nullptr;

@@ -24,12 +24,10 @@ namespace {
 #include "walk_tiles.inc"
 #include "with_width.inc"
 #include "amx_registers.inc"
+#include "amx_strips.inc"
 
 constexpr int kStepInputs = 32;
-constexpr int kStepBytes = kSetTokens * kLine;
 static_assert(kStepInputs == kBlockInputs, "a block makes a register of weights");
-constexpr int kStripTiles = kStripRows / kTileOutputs;
-static_assert(kStripTiles == 2, "registers are two tiles' weights");
 
 // The upper halves of two vectors of float32, in pairs.
 INLINE Vec pairs(Vec first, Vec second) {
@@ -128,45 +126,30 @@ struct SetSums {
   }
 };
 
-// Where the sums of a strip's first row and token go, and how many rows there are.
-struct Place {
-  float* at;
-  int64_t stride, n_rows;
-};
-
 template <int SETS, int TILES>
-void multiply_sets(const PanelInputs& x, int64_t set, const uint8_t* weights, const float* bias,
-                   const Place& y) {
+void multiply_sets(const PanelInputs& x, int64_t set, const uint8_t* weights, const Results& y) {
   const int64_t n_steps = x.n_inputs / kStepInputs, first = set * kSetTokens;
   const uint8_t* inputs = x.values + set * n_steps * kStepBytes;
   SetSums<SETS, TILES> sums;
   sums.multiply(inputs, weights, n_steps);
   for (int64_t t = 0; t < SETS * kSetTokens && first + t < x.n_tokens; ++t) {
-    float* outputs = y.at + (first + t) * y.stride;
-    // What is there is added where these are not the first inputs, and the bias where they are.
-    const float* added = x.first_input ? outputs : bias;
     for (int r = 0; r < TILES; ++r) {
-      const int64_t row = r * kTileOutputs, rest = y.n_rows - row;
-      const Floats sum = load(sums.of[t / kSetTokens][r][t % kSetTokens]);
-      store_rows(outputs + row, sum, added ? added + row : nullptr, rest < kRows ? rest : kRows);
+      y.put(first + t, r, load(sums.of[t / kSetTokens][r][t % kSetTokens]));
     }
   }
 }
 
 template <int BITS, int TILES>
-void multiply_strip(const Tiles& w, const PanelInputs& x, int64_t tile, const float* bias,
-                    uint8_t* weights, int64_t stride, float* y) {
-  const int64_t row = tile * kTileOutputs;
-  const Place place = {y, stride, w.is.out_features - row};
-  if (bias) bias += row;
+void multiply_strip(const Tiles& w, const PanelInputs& x, int64_t tile, uint8_t* weights,
+                    const Results& y) {
   const int64_t tile_bytes = x.n_inputs / kStepInputs * kStepBytes;
   for (int r = 0; r < TILES; ++r) {
     unpack_weights<BITS>(w, tile + r, x.first_input, x.n_inputs, weights + r * tile_bytes);
   }
   const int64_t n_sets = (x.n_tokens + kSetTokens - 1) / kSetTokens;
   int64_t set = 0;
-  for (; set + 2 <= n_sets; set += 2) multiply_sets<2, TILES>(x, set, weights, bias, place);
-  if (set < n_sets) multiply_sets<1, TILES>(x, set, weights, bias, place);
+  for (; set + 2 <= n_sets; set += 2) multiply_sets<2, TILES>(x, set, weights, y);
+  if (set < n_sets) multiply_sets<1, TILES>(x, set, weights, y);
 }
 
 INLINE __m256i load_rounded(__mmask16 present, const float* from) {
@@ -194,24 +177,9 @@ bool arrange(const T* x, int64_t n_tokens, int64_t stride, int64_t n, int64_t n_
   return true;
 }
 
-void multiply_bf16(const Tiles& w, const PanelInputs& x, int64_t tile, int64_t n_tiles,
-                   const float* bias, uint8_t* room, int64_t stride, float* y) {
-  const KeptRegisters kept;
-  configure_registers([](int) { return kSetTokens; });
-  with_width(w.is.bits, [&](auto codes) {
-    int64_t done = 0;
-    for (; done + kStripTiles <= n_tiles; done += kStripTiles) {
-      float* sums = y + done * kTileOutputs;
-      multiply_strip<codes.bits, kStripTiles>(w, x, tile + done, bias, room, stride, sums);
-    }
-    float* sums = y + done * kTileOutputs;
-    if (done < n_tiles) multiply_strip<codes.bits, 1>(w, x, tile + done, bias, room, stride, sums);
-  });
-}
-
 }  // namespace
 
 const PanelKernels kAmxBf16 = {
-    "bf16", 2, kStepInputs, arrange<float>, arrange<uint16_t>, multiply_bf16, narrow_to_bf16_avx512};
+    "bf16", 2, kStepInputs, arrange<float>, arrange<uint16_t>, multiply_strips, narrow_to_bf16_avx512};
 
 }  // namespace lwquant

@@ -24,14 +24,12 @@ namespace {
 #include "walk_tiles.inc"
 #include "with_width.inc"
 #include "amx_registers.inc"
+#include "amx_strips.inc"
 
 constexpr int kSpanInputs = 256;
 constexpr int kStepInputs = 64;
-constexpr int kStepBytes = kSetTokens * kLine;
 constexpr int kSpanSteps = kSpanInputs / kStepInputs;
 constexpr int kSpanBytes = kSpanSteps * kStepBytes;  // of a set, or of a tile
-constexpr int kStripTiles = kStripRows / kTileOutputs;
-constexpr int kPairTokens = 2 * kSetTokens;
 constexpr int kScaledAtOnce = kPairTokens / kSpanSteps;  // tokens, between the products of a step
 constexpr int kTotalPairs = 4;  // whose totals stay in the L1 cache
 constexpr float kLargest = 127;
@@ -226,10 +224,8 @@ class Totals {
 };
 
 template <int BITS, int TILES>
-void multiply_strip(const Tiles& w, const PanelInputs& x, int64_t tile, const float* bias,
-                    uint8_t* room, int64_t stride, float* y) {
-  const int64_t row = tile * kTileOutputs, n_rows = w.is.out_features - row;
-  if (bias) bias += row;
+void multiply_strip(const Tiles& w, const PanelInputs& x, int64_t tile, uint8_t* room,
+                    const Results& y) {
   const int64_t n_spans = (x.n_inputs + kSpanInputs - 1) / kSpanInputs;
   float* scales = reinterpret_cast<float*>(room);
   uint8_t* weights = room + n_spans * kStripRows * static_cast<int64_t>(sizeof(float));
@@ -244,14 +240,7 @@ void multiply_strip(const Tiles& w, const PanelInputs& x, int64_t tile, const fl
     totals.add(x, pair, n, weights, scales);
     const int64_t first = pair * kPairTokens;
     for (int64_t t = 0; t < n * kPairTokens && first + t < x.n_tokens; ++t) {
-      float* outputs = y + (first + t) * stride;
-      // What is there is added where these are not the first inputs, and the bias where they are.
-      const float* added = x.first_input ? outputs : bias;
-      for (int r = 0; r < TILES; ++r) {
-        const int64_t at = r * kTileOutputs, rest = n_rows - at;
-        store_rows(outputs + at, totals.at(t, r), added ? added + at : nullptr,
-                   rest < kRows ? rest : kRows);
-      }
+      for (int r = 0; r < TILES; ++r) y.put(first + t, r, totals.at(t, r));
     }
   }
 }
@@ -306,24 +295,9 @@ bool arrange(const T* x, int64_t n_tokens, int64_t stride, int64_t n, int64_t n_
   return true;
 }
 
-void multiply_int8(const Tiles& w, const PanelInputs& x, int64_t tile, int64_t n_tiles,
-                   const float* bias, uint8_t* room, int64_t stride, float* y) {
-  const KeptRegisters kept;
-  configure_registers([](int) { return kSetTokens; });
-  with_width(w.is.bits, [&](auto codes) {
-    int64_t done = 0;
-    for (; done + kStripTiles <= n_tiles; done += kStripTiles) {
-      float* sums = y + done * kTileOutputs;
-      multiply_strip<codes.bits, kStripTiles>(w, x, tile + done, bias, room, stride, sums);
-    }
-    float* sums = y + done * kTileOutputs;
-    if (done < n_tiles) multiply_strip<codes.bits, 1>(w, x, tile + done, bias, room, stride, sums);
-  });
-}
-
 }  // namespace
 
 const PanelKernels kAmxInt8 = {
-    "int8", 1, kSpanInputs, arrange<float>, arrange<uint16_t>, multiply_int8, narrow_to_bf16_avx512};
+    "int8", 1, kSpanInputs, arrange<float>, arrange<uint16_t>, multiply_strips, narrow_to_bf16_avx512};
 
 }  // namespace lwquant

@@ -43,10 +43,7 @@ Span quantize_span_avx512(const float* x, int64_t n, int64_t n_padded, int bits,
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i largest = _mm512_setzero_si512();
   for (int64_t v = 0; v < n_vectors; ++v) {
-    const int64_t rest = n - v * kFloats;
-    const __mmask16 present = static_cast<__mmask16>(
-        rest >= kFloats ? 0xffffu : rest > 0 ? (1u << rest) - 1 : 0);
-    inputs[v] = _mm512_maskz_loadu_ps(present, x + v * kFloats);
+    inputs[v] = _mm512_maskz_loadu_ps(first_of_16(n - v * kFloats), x + v * kFloats);
     const __m512i own = _mm512_and_si512(_mm512_castps_si512(inputs[v]), magnitude);
     largest = _mm512_max_epu32(largest, own);
   }

@@ -39,8 +39,8 @@ def activation_bits(inputs: Tensor, target: Tensor, quantized: QuantizedWeight) 
     if not fits_kernels(quantized.scheme, inputs.shape[-1]):
         return 16
     rounded = rounded_activations(inputs, 8, quantized.scheme.group_size)
-    outputs = rounded @ without_outliers(quantized).dequantize().T
-    return 8 if _is_invisible(outputs, inputs, target, quantized) else 16
+    added = (rounded - inputs) @ without_outliers(quantized).dequantize().T
+    return 8 if _is_invisible(added, inputs, target, quantized) else 16
 
 
 def takes_int8_weights(inputs: Tensor, target: Tensor, quantized: QuantizedWeight) -> bool:
@@ -48,18 +48,18 @@ def takes_int8_weights(inputs: Tensor, target: Tensor, quantized: QuantizedWeigh
     scheme = quantized.scheme
     if scheme.bits > WIDEST or not fits_kernels(scheme, inputs.shape[-1]):
         return False
-    outputs = int8_inputs(inputs) @ int8_weight(quantized).T
-    return _is_invisible(outputs, inputs, target, quantized)
+    plain = without_outliers(quantized).dequantize()
+    added = int8_inputs(inputs) @ int8_weight(quantized).T - inputs @ plain.T
+    return _is_invisible(added, inputs, target, quantized)
 
 
 def _is_invisible(
-    outputs: Tensor, inputs: Tensor, target: Tensor, quantized: QuantizedWeight
+    added: Tensor, inputs: Tensor, target: Tensor, quantized: QuantizedWeight
 ) -> bool:
-    """Whether outputs are off by little beside the weight's rounding.
+    """Whether an error of the outputs is little beside that of the weight's rounding.
 
-    `outputs` are the kernel's, without what outliers add in float32. Inputs of nothing but zeros
-    are no evidence.
+    Outliers have no part in `added`: kernels add them in float32. Inputs of nothing but zeros are
+    no evidence.
     """
-    added = (outputs - inputs @ without_outliers(quantized).dequantize().T).square().sum()
     of_weights = (inputs @ (quantized.dequantize() - target).T).square().sum()
-    return bool((added <= INVISIBLE * of_weights) & (of_weights > 0))
+    return bool((added.square().sum() <= INVISIBLE * of_weights) & (of_weights > 0))

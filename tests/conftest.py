@@ -36,8 +36,18 @@ def one_thread() -> None:
 @pytest.fixture
 def integer_kernels() -> Iterator[None]:
     """Kernels that hold activations as integers for many tokens as for few: AMX takes bf16."""
+    yield from _on([isa for isa in ops.available_isas() if isa != "amx"][-1])
+
+
+@pytest.fixture
+def amx() -> Iterator[None]:
+    """For modules that are skipped where the processor has none."""
+    yield from _on("amx")
+
+
+def _on(isa: str) -> Iterator[None]:
     before = ops.isa()
-    ops.set_isa([isa for isa in ops.available_isas() if isa != "amx"][-1])
+    ops.set_isa(isa)
     yield
     ops.set_isa(before)
 

@@ -5,8 +5,6 @@ finds a weight as (256 + code) − (256 + zero), and one float32 addition for ev
 without AMX run the same on emulated registers, see test_kernel_properties.py.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from test_ops_linear import (
@@ -24,15 +22,10 @@ from lwquant.ops.reference import linear_reference
 FEWEST = {16: 48, 8: 64}  # tokens, by the bits that activations have otherwise
 STEP = 2.0**-7  # relative, at most
 
-pytestmark = pytest.mark.skipif("amx" not in ops.available_isas(), reason="needs AMX")
-
-
-@pytest.fixture(autouse=True)
-def amx() -> Iterator[None]:
-    before = ops.isa()
-    ops.set_isa("amx")
-    yield
-    ops.set_isa(before)
+pytestmark = [
+    pytest.mark.skipif("amx" not in ops.available_isas(), reason="needs AMX"),
+    pytest.mark.usefixtures("amx"),
+]
 
 
 def bound(layer: Layer, x: Tensor, exact: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ without AMX run the same on emulated registers, see test_kernel_properties.py.
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,15 +19,10 @@ from lwquant.types import QuantizedWeight
 FEWEST = 32  # tokens
 SPAN = 256  # inputs that share a scale
 
-pytestmark = pytest.mark.skipif("amx" not in ops.available_isas(), reason="needs AMX")
-
-
-@pytest.fixture(autouse=True)
-def amx() -> Iterator[None]:
-    before = ops.isa()
-    ops.set_isa("amx")
-    yield
-    ops.set_isa(before)
+pytestmark = [
+    pytest.mark.skipif("amx" not in ops.available_isas(), reason="needs AMX"),
+    pytest.mark.usefixtures("amx"),
+]
 
 
 def run(layer: Layer, x: Tensor, *outliers: Tensor, activation_bits: int = 8) -> Tensor:
