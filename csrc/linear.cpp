@@ -218,9 +218,8 @@ bool linear_of(const Tiles& w, const Outliers& outliers, const float* bias, cons
 const PanelKernels* panel_kernels(int bits, bool int8_weights, int64_t n_tokens,
                                   int activation_bits, bool bf16_inputs) {
   const Isa& isa = current_isa();
-  constexpr int kWidestInt8 = 4;       // more bits would lose much of what they say
   constexpr int64_t kFewestInt8 = 32;  // fewer are faster with the codes as they are
-  if (isa.int8 && int8_weights && bits <= kWidestInt8 && activation_bits == 8) {
+  if (isa.int8 && int8_weights && activation_bits == 8) {
     return n_tokens >= kFewestInt8 ? isa.int8 : nullptr;
   }
   // Rounding to bf16 loses less than 8-bit activations do. Beside 16-bit ones it adds 1 % to the

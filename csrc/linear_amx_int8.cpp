@@ -51,28 +51,65 @@ INLINE Floats reach(const GroupParams& of_group) {
   return larger(magnitude(of_group.below[0]), magnitude(highest));
 }
 
+// One value of sixteen bits for each row, for its two pairs of inputs. What is larger is the largest.
+INLINE Vec in_halves(Floats values) {
+  const Vec integers = _mm512_cvtepi16_epi32(_mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(values)));
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, integers, _mm512_slli_epi32(integers, 16));
+}
+
+INLINE Vec upper_bytes(Vec even, Vec odd) {
+  constexpr int kOrAnd = 0xf8;
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi16(even, 8), odd,
+                                   _mm512_set1_epi16(static_cast<int16_t>(0xff00)), kOrAnd);
+}
+
 // Codes of 16 rows, four inputs each, to int8: in sixteen bits, of which the upper eight remain.
+template <int BITS, bool WIDE = (BITS > 6)>
 class Requantized {
  public:
   INLINE Requantized(const GroupParams& of_group, Floats per_step)
-      : factor_(halves(multiply(of_group.scales[0], per_step))),
-        shift_(halves(fnma(of_group.below[0], per_step, all(128.0f)))) {}
+      : factor_(in_halves(multiply(of_group.scales[0], per_step))),
+        shift_(in_halves(fnma(of_group.below[0], per_step, all(128.0f)))) {}
 
+  // Eight bits of fraction in the factor leave a weight off by an eighth of a step at most.
   INLINE Vec of(Vec codes) const {
-    const Vec even = _mm512_and_si512(codes, _mm512_set1_epi16(0xff));
-    const Vec odd = _mm512_srli_epi16(codes, 8);
-    constexpr int kOrAnd = 0xf8;
-    return _mm512_ternarylogic_epi32(_mm512_srli_epi16(scaled(even), 8), scaled(odd),
-                                     _mm512_set1_epi16(static_cast<int16_t>(0xff00)), kOrAnd);
+    return upper_bytes(scaled(_mm512_and_si512(codes, _mm512_set1_epi16(0xff))),
+                       scaled(_mm512_srli_epi16(codes, 8)));
   }
 
  private:
-  static INLINE Vec halves(Floats values) {
-    const Vec integers = _mm512_cvtps_epi32(values);
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, integers, _mm512_slli_epi32(integers, 16));
-  }
   INLINE Vec scaled(Vec codes) const {
     return _mm512_add_epi16(_mm512_mullo_epi16(codes, factor_), shift_);
+  }
+
+  Vec factor_, shift_;
+};
+
+// Of 7 and 8 bits it would be half a step. So these begin at the top of sixteen bits, their middle
+// at 0, and meet a factor of fifteen bits, of which eight remain.
+template <int BITS>
+class Requantized<BITS, true> {
+ public:
+  INLINE Requantized(const GroupParams& of_group, Floats per_step) {
+    const Floats scales = multiply(of_group.scales[0], per_step);
+    const Floats below = fnma(of_group.scales[0], all(kMiddle), of_group.below[0]);
+    factor_ = in_halves(multiply(scales, all(kFactor)));
+    shift_ = in_halves(fnma(below, per_step, all(128.0f)));
+  }
+
+  INLINE Vec of(Vec codes) const {
+    codes = _mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<int8_t>(1 << (BITS - 1))));
+    Vec odd = BITS < 8 ? _mm512_slli_epi16(codes, 8 - BITS) : codes;
+    odd = _mm512_and_si512(odd, _mm512_set1_epi16(static_cast<int16_t>(0xff00)));
+    return upper_bytes(scaled(_mm512_slli_epi16(codes, 16 - BITS)), scaled(odd));
+  }
+
+ private:
+  static constexpr float kMiddle = 1 << (BITS - 1);
+  static constexpr float kFactor = 1 << (BITS - 1);
+
+  INLINE Vec scaled(Vec codes) const {
+    return _mm512_add_epi16(_mm512_mulhrs_epi16(codes, factor_), shift_);
   }
 
   Vec factor_, shift_;
@@ -115,7 +152,7 @@ void unpack_weights(const Tiles& w, int64_t tile, int64_t first, int64_t n, int6
         params.next(w, of_group);
         group_rest = group_inputs;
       }
-      const Requantized weights(of_group, per_step);
+      const Requantized<BITS> weights(of_group, per_step);
       for (; rest > 0 && group_rest > 0; rest -= kBlockInputs, group_rest -= kBlockInputs) {
         Vec unpacked[kBlockVectors];
         fetch<kIntoL2>(codes + kFar, BITS);

@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lwquant.ops.activations import rounded_activations
-from lwquant.ops.int8_weights import WIDEST, int8_inputs, int8_weight, without_outliers
+from lwquant.ops.int8_weights import int8_inputs, int8_weight, without_outliers
 from lwquant.ops.tiles import fits_kernels
 from lwquant.types import QuantizedWeight
 
@@ -45,8 +45,7 @@ def activation_bits(inputs: Tensor, target: Tensor, quantized: QuantizedWeight) 
 
 def takes_int8_weights(inputs: Tensor, target: Tensor, quantized: QuantizedWeight) -> bool:
     """Whether int8 activations and weights together add at most INVISIBLE; arguments as above."""
-    scheme = quantized.scheme
-    if scheme.bits > WIDEST or not fits_kernels(scheme, inputs.shape[-1]):
+    if not fits_kernels(quantized.scheme, inputs.shape[-1]):
         return False
     plain = without_outliers(quantized).dequantize()
     added = int8_inputs(inputs) @ int8_weight(quantized).T - inputs @ plain.T

@@ -59,6 +59,7 @@ class Row:
     ratio: float | None
     peers: dict[str, float]  # at this width
     bf16_microseconds: float
+    int8_product_microseconds: float | None  # of weights and inputs that are int8 already
 
 
 def check(candidate: Candidate, calls: list[Call], x: Tensor) -> None:
@@ -185,24 +186,30 @@ def row_of(
         ratio=same_width[fastest] / took if fastest else None,
         peers=same_width,
         bf16_microseconds=best[torch_peers.BF16_NAME],
+        int8_product_microseconds=best.get(torch_peers.INT8_PRODUCT_NAME),
     )
 
 
 def print_tables(rows: list[Row]) -> None:
     """Markdown; a cell is microseconds, percent of the roof, and the best peer's time over ours."""
     widths = sorted({row.bits for row in rows})
-    print(f"| out x in | tokens | groups | bf16 | {' | '.join(f'{b} bits' for b in widths)} |")
-    print("|---" * (4 + len(widths)) + "|")
+    heads = ["out x in", "tokens", "groups", "bf16", "int8", *(f"{bits} bits" for bits in widths)]
+    print(f"| {' | '.join(heads)} |")
+    print("|---" * len(heads) + "|")
     key = lambda row: (row.shape, row.M, row.group_size)  # noqa: E731
     for (shape, n_tokens, group), found in itertools.groupby(rows, key):
-        cells = {}
-        bf16 = 0.0
-        for row in found:
-            ratio = f", {row.ratio:.2f}" if row.ratio else ""
-            cells[row.bits] = f"{row.microseconds:.0f} ({row.roof_fraction:.0%}{ratio})"
-            bf16 = row.bf16_microseconds
-        shown = " | ".join(cells.get(bits, "") for bits in widths)
-        print(f"| {shape.replace('x', ' x ')} | {n_tokens} | {group} | {bf16:.0f} | {shown} |")
+        by_width = {row.bits: row for row in found}
+        dense = next(iter(by_width.values()))
+        int8 = dense.int8_product_microseconds
+        cells = [shape.replace("x", " x "), n_tokens, group, f"{dense.bf16_microseconds:.0f}"]
+        cells.append("" if int8 is None else f"{int8:.0f}")
+        cells += [cell(by_width[bits]) if bits in by_width else "" for bits in widths]
+        print("|", " | ".join(map(str, cells)), "|")
+
+
+def cell(row: Row) -> str:
+    ratio = f", {row.ratio:.2f}" if row.ratio else ""
+    return f"{row.microseconds:.0f} ({row.roof_fraction:.0%}{ratio})"
 
 
 def write_times(rows: list[Row], about: dict[str, object], path: Path) -> None:
@@ -265,7 +272,8 @@ def main(description: str) -> None:
         rounds,
         with_peers=not arguments.no_peers,
     )
-    probes = Probes(WORK, pool_bytes(), torch.get_num_threads())
+    with_amx = ops.isa() == "amx"
+    probes = Probes(WORK, pool_bytes(), torch.get_num_threads(), with_amx)
     about = {
         "cpu": machine(),
         "isa": ops.isa(),

@@ -28,12 +28,15 @@ class Roofs:
 class Probes:
     """Probed again and again between the rounds of a measurement."""
 
-    def __init__(self, work: Path, n_bytes: int, threads: int) -> None:
-        """`n_bytes` should be what one candidate's pool takes: the same share of the caches."""
+    def __init__(self, work: Path, n_bytes: int, threads: int, with_amx: bool) -> None:
+        """`n_bytes` should be what one candidate's pool takes: the same share of the caches.
+
+        Without `with_amx` the int8 rate is that of vectors, as on a processor that has no tiles.
+        """
         work.mkdir(parents=True, exist_ok=True)
         path = work / "probes.so"
-        command = ["g++", "-O3", "-march=native", "-shared", "-fPIC", "-o", path, SOURCE]
-        subprocess.run(command, check=True)
+        how = ["-O3", "-march=native", *([] if with_amx else ["-mno-amx-int8"])]
+        subprocess.run(["g++", *how, "-shared", "-fPIC", "-o", path, SOURCE], check=True)
         self._library = ctypes.CDLL(str(path))  # its calls release the GIL
         self._library.probe_buffer.restype = ctypes.c_void_p
         self._library.probe_buffer.argtypes = [ctypes.c_size_t]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernel_runs.candidate import Call, Candidate, Shape, always, pool_size
+from lwquant import ops
 
 BF16_NAME = "torch bf16"
+INT8_PRODUCT_NAME = "oneDNN int8 product"
 BF16 = 2.0**-6  # of the largest output
 INT4_GROUPS = (32, 64, 128)
 DYNAMIC_INT8_ENGINES = ("x86", "onednn")  # which is faster differs between processors
@@ -16,7 +20,7 @@ INT8_ACTIVATIONS = 0.02  # one scale for all tokens, or one for each, and 8 bits
 
 
 def candidates(shape: Shape) -> list[Candidate]:
-    found = [bf16(shape), _int8_weights(shape)]
+    found = [bf16(shape), int8_product(shape), _int8_weights(shape)]
     found += [_dynamic_int8(shape, engine) for engine in DYNAMIC_INT8_ENGINES]
     out_features, in_features = shape
     groups = [g for g in INT4_GROUPS if in_features % g == 0 and out_features % 16 == 0]
@@ -35,6 +39,35 @@ def bf16(shape: Shape) -> Candidate:
         return [lambda w=w: F.linear(narrow, w) for w in pool[:n]]  # type: ignore[misc]
 
     return Candidate(BF16_NAME, 16, size, bind, lambda: first, always(BF16))
+
+
+def int8_product(shape: Shape) -> Candidate:
+    """oneDNN's product of inputs and weights that are int8 before the call, and nothing else.
+
+    It is no linear layer and no peer at any width, but what a library reaches of the int8 rate that
+    has nothing to unpack or to round.
+    """
+    first = torch.randint(-127, 128, shape, dtype=torch.int8)
+    scales, zeros = torch.rand(shape[0]) + 0.5, torch.zeros(shape[0], dtype=torch.int64)
+    # Without AMX signed inputs are slow in oneDNN, with it unsigned ones.
+    dtype, zero = (torch.int8, 0) if ops.isa() == "amx" else (torch.uint8, 128)
+    pool = [torch.ops.onednn.qlinear_prepack(first, None) for _ in range(pool_size(first.numel()))]
+
+    def bind(x: Tensor, n: int) -> list[Call]:
+        step = float(x.abs().max()) / 127
+        codes = ((x / step).round() + zero).to(dtype)
+        how = (None, 1.0, 0, torch.float32, "none", [], "")
+        return [
+            lambda w=w: torch.ops.onednn.qlinear_pointwise(
+                codes, step, zero, w, scales, zeros, *how
+            )  # type: ignore[misc]
+            for w in pool[:n]
+        ]
+
+    def dense() -> Tensor:
+        return first.float() * scales[:, None]
+
+    return Candidate(INT8_PRODUCT_NAME, 0, first.numel(), bind, dense, always(INT8_ACTIVATIONS))
 
 
 def _int8_weights(shape: Shape) -> Candidate:

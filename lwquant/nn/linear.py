@@ -184,6 +184,13 @@ class QuantizedLinear(nn.Module):
             self._buffers["tiles"] = None
             self._kernel = None
 
+    def allow_int8_weights(self, allowed: bool) -> None:
+        """Lay the weight out again where that changes what kernels may do."""
+        if allowed != self.int8_weights:
+            self.restore()
+            self.int8_weights = allowed
+            self.prepare()
+
     def _stored(self) -> dict[str, Tensor | None]:
         """qweight, scales and zeros of the tiles; nothing where there are none."""
         if self._kernel is None:
@@ -299,17 +306,23 @@ def compile_kernels(model: nn.Module) -> None:
     ops.compile_ahead((kernel, bits) for kernel, bits in laid_out if kernel is not None)
 
 
-def set_activation_bits(model: nn.Module, bits: int) -> None:
+def set_activation_bits(model: nn.Module, bits: int, int8_weights: bool | None = None) -> None:
     """Let the kernels of all quantized linears hold their inputs in 8 or 16 bits from now on.
 
+    With `int8_weights`, beside 8 bits, weights of any width may become int8 where there are many
+    tokens, which is fastest and shows; False forbids it, None leaves what each layer was given.
     What was chosen when the model was quantized is in lwquant/activation_choice.py. ValueError for
-    other bits.
+    other bits, and for int8 weights beside 16.
     """
     if bits not in ACTIVATION_BITS:
         raise ValueError(f"activation bits {bits} are not one of {ACTIVATION_BITS}")
+    if int8_weights and bits != 8:
+        raise ValueError(f"int8 weights need activations of 8 bits, not {bits}")
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.activation_bits = bits
+            if int8_weights is not None:
+                module.allow_int8_weights(int8_weights)
 
 
 def scale_dtype(scheme: QuantScheme) -> torch.dtype:

@@ -17,7 +17,6 @@ from lwquant.types import QuantizedWeight
 
 SPAN = 256  # inputs of a row, or of a token, that share a scale
 _SMALLEST = 2.0**-126  # of steps: where all scales are 0 there are none
-WIDEST = 4  # bits of codes: weights of more would lose much of what they say
 
 
 def int8_weight(quantized: QuantizedWeight) -> Tensor:

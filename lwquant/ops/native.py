@@ -210,6 +210,8 @@ class TiledLinear:
             in_features,
             *_outlier_layout(self._outliers),
         )
+        # As fill(), of addresses, for who has no time for a call more.
+        self.run: Callable[..., bool] = self._checked.run
 
     def __call__(self, x: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor | None:
         """(..., in_features) → (..., out_features), contiguous float32 or bf16 as x is.
@@ -233,7 +235,7 @@ class TiledLinear:
 
         Both contiguous, and both float32 or bf16.
         """
-        done: bool = self._checked.run(
+        done: bool = self.run(
             x.data_ptr(),
             n_tokens,
             0 if bias is None else bias.data_ptr(),

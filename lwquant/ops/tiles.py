@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like, get_num_threads, is_grad_enabled
 from torch.compiler import is_compiling
 
 from lwquant.errors import LwquantError
@@ -164,6 +164,7 @@ class _Seen(NamedTuple):
 
     shape: torch.Size
     dtype: torch.dtype  # of the result, too
+    in_bf16: bool
     n_tokens: int
     like: Tensor  # of the result's shape, without its memory
 
@@ -204,10 +205,18 @@ class TiledLinear:
             and x.is_cpu
             and x.is_contiguous()
             and (bias is None or _is_float32(bias, kernel.out_features))
-            and not _is_differentiated(x, bias)
+            and not (is_grad_enabled() and _is_differentiated(x, bias))
         ):
-            y = torch.empty_like(seen.like)
-            if kernel.fill(y, x, seen.n_tokens, bias, activation_bits):
+            y = empty_like(seen.like)
+            if kernel.run(
+                x.data_ptr(),
+                seen.n_tokens,
+                0 if bias is None else bias.data_ptr(),
+                activation_bits,
+                get_num_threads(),
+                y.data_ptr(),
+                seen.in_bf16,
+            ):
                 return y
         arguments = x, self.tiles, bias, self._out_features, *self._outliers, activation_bits
         if (
@@ -227,7 +236,7 @@ class TiledLinear:
         panels = native.panels_are_faster(n_tokens)
         if n_tokens and not panels and kernel.takes(x.dtype, n_tokens, activation_bits):
             like = torch.empty(1, dtype=x.dtype).expand(*x.shape[:-1], kernel.out_features)
-            self._seen = _Seen(x.shape, x.dtype, n_tokens, like)
+            self._seen = _Seen(x.shape, x.dtype, x.dtype is torch.bfloat16, n_tokens, like)
         return _run(kernel, x, bias, activation_bits)
 
 

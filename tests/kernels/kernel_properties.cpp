@@ -61,7 +61,10 @@ void check_results(const Layer& l, const Exact<float>& x, const Exact<float>& y,
         double of_input = 0x1p-8 * fabs(value) + 0x1p-126;
         if (to == Rounded::kInt8) {
           if (k % 256 == 0) int8_step = reach(l, r, k) / 127;
-          of_weight = 0.54 * int8_step;  // half, and what sixteen bits lose in between
+          // Half, and what sixteen bits lose in between: of a factor's fraction they keep eight bits
+          // up to 6-bit codes.
+          const double lost = l.is.bits <= 6 ? ((1 << l.is.bits) - 1) / 512.0 : 0;
+          of_weight = (0.51 + lost) * int8_step;
           of_input = 0.51 * largest / 127;
         }
         rounded += (fabs(value) + of_input) * of_weight + base * of_input;

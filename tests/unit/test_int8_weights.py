@@ -92,7 +92,7 @@ def share(inputs: torch.Tensor, weight: torch.Tensor, scheme: QuantScheme) -> fl
     return added / own
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("massive", [1.0, 8.0, 40.0])
 def test_int8_weights_are_taken_where_they_add_little_to_the_error(bits, massive):
     weight, inputs = weight_and_inputs(300)

@@ -13,7 +13,7 @@ from test_ops_linear import Layer, random_inputs, random_layer, random_outliers,
 from torch import Tensor
 
 from lwquant import ops
-from lwquant.nn.linear import QuantizedLinear
+from lwquant.nn.linear import QuantizedLinear, set_activation_bits
 from lwquant.types import QuantizedWeight
 
 FEWEST = 32  # tokens
@@ -45,9 +45,14 @@ def int8_steps(layer: Layer) -> tuple[Tensor, Tensor]:
         highest = (2**layer.bits - 1 - zero) * scale
         reach = torch.maximum((zero * scale).abs(), highest.abs()).amax(1, keepdim=True)
         per_step = 127 * 256 / reach
-        in_sixteen_bits = (
-            code * (scale * per_step).round() + (128 - scale * zero * per_step).round()
-        )
+        if layer.bits <= 6:
+            product = code * (scale * per_step).round()
+        else:  # the middle is 0, and the factor has seven bits more of which half is rounded off
+            middle = 2 ** (layer.bits - 1)
+            code, zero = code - middle, zero - middle
+            factor = (scale * per_step * middle).round().clamp(max=2**15 - 1)
+            product = (code * 2 ** (16 - layer.bits) * factor / 2**15 + 0.5).floor()
+        in_sixteen_bits = product + (128 - scale * zero * per_step).round()
         steps.append((in_sixteen_bits / 256).floor())
         sizes.append((reach / 127).expand_as(code))
     return torch.cat(steps, 1), torch.cat(sizes, 1)
@@ -80,7 +85,7 @@ def check(layer: Layer, x: Tensor) -> None:
 
 @pytest.mark.parametrize("zeros", [{}, {"fine": True}, {"symmetric": True}], ids=str)
 @pytest.mark.parametrize("group_size", [32, 96, 128, 320, 10_000])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_many_tokens_are_what_int8_makes_of_them(bits, group_size, zeros):
     for out_features, in_features in [(33, 1000), (7, 65), (64, 576), (48, 300)]:
         layer = random_layer(out_features, in_features, bits, group_size, bias=True, **zeros)
@@ -97,8 +102,9 @@ def test_more_tokens_and_inputs_than_fit_at_a_time():
         assert torch.equal(got, run(layer, x.bfloat16().float()).bfloat16())
 
 
-def test_rows_of_zeros_and_inputs_of_any_size():
-    layer = random_layer(40, 600, 3, 64)
+@pytest.mark.parametrize("bits", [3, 8])
+def test_rows_of_zeros_and_inputs_of_any_size(bits):
+    layer = random_layer(40, 600, bits, 64)
     x = random_inputs(FEWEST, 600)
     wanted = oracle(layer, x)
     layer.scales[3] = 0
@@ -117,12 +123,10 @@ def test_where_it_does_not_run():
     many = run(layer, x)
     few = layer.linear(x[:8], activation_bits=8)
     assert not torch.equal(many[:8], few)
-    # One token fewer, tiles that do not allow it, other activations, wider codes.
+    # One token fewer, tiles that do not allow it, other activations.
     assert torch.equal(run(layer, x[:-1])[:8], few)
     assert torch.equal(layer.linear(x, activation_bits=8)[:8], few)
     assert torch.equal(run(layer, x, activation_bits=16), layer.linear(x))
-    wide = random_layer(40, 192, 5, 64)
-    assert torch.equal(run(wide, x), wide.linear(x, activation_bits=8))
 
 
 def test_what_is_said_of_a_call_is_what_runs():
@@ -152,6 +156,24 @@ def test_a_layer_that_allows_it_runs_it():
         assert torch.equal(module(x), layer.linear(x))
 
 
+def test_the_user_may_allow_and_forbid_it():
+    layer, x = random_layer(40, 192, 8, 64), random_inputs(FEWEST, 192)
+    weight = QuantizedWeight(layer.scheme, layer.codes, layer.scales, layer.zero_bytes)
+    module = torch.nn.Sequential(QuantizedLinear.from_weight(weight, None))
+    for bits, allowed, wanted in (
+        (8, None, layer.linear(x, activation_bits=8)),
+        (8, True, run(layer, x)),
+        (8, None, run(layer, x)),
+        (16, None, layer.linear(x)),
+        (8, False, layer.linear(x, activation_bits=8)),
+    ):
+        set_activation_bits(module, bits, int8_weights=allowed)
+        assert torch.equal(module(x), wanted)
+    with pytest.raises(ValueError, match="int8 weights need activations of 8 bits, not 16"):
+        set_activation_bits(module, 16, int8_weights=True)
+    assert module[0].activation_bits == 8
+
+
 def test_a_token_does_not_depend_on_the_others():
     layer = random_layer(40, 8400, 4, 64, bias=True)
     x = random_inputs(300, 8400)
@@ -171,10 +193,18 @@ def test_infinity_and_nan_leave_int8():
         torch.testing.assert_close(got[rest].double(), exact[rest], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 7, 8])
+def test_scales_of_either_sign(bits):
+    layer = random_layer(40, 600, bits, 64)
+    layer.scales[::3] *= -1
+    check(layer, random_inputs(FEWEST, 600))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 @pytest.mark.parametrize("group", [0, 2, 3])
-def test_a_scale_that_is_no_number_is_not_lost(scale, group):
-    layer = random_layer(40, 320, 4, 64)
+def test_a_scale_that_is_no_number_is_not_lost(scale, group, bits):
+    layer = random_layer(40, 320, bits, 64)
     layer.scales[7, group] = scale
     got = run(layer, random_inputs(FEWEST, 320))
     assert not got[:, 7].isfinite().any()
