@@ -56,13 +56,9 @@ def int8_product(shape: Shape) -> Candidate:
     def bind(x: Tensor, n: int) -> list[Call]:
         step = float(x.abs().max()) / 127
         codes = ((x / step).round() + zero).to(dtype)
-        how = (None, 1.0, 0, torch.float32, "none", [], "")
-        return [
-            lambda w=w: torch.ops.onednn.qlinear_pointwise(
-                codes, step, zero, w, scales, zeros, *how
-            )  # type: ignore[misc]
-            for w in pool[:n]
-        ]
+        of_weight, of_result = (scales, zeros, None), (1.0, 0, torch.float32, "none", [], "")
+        multiply = torch.ops.onednn.qlinear_pointwise
+        return [partial(multiply, codes, step, zero, w, *of_weight, *of_result) for w in pool[:n]]
 
     def dense() -> Tensor:
         return first.float() * scales[:, None]
