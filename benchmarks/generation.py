@@ -7,8 +7,9 @@ Each engine is a process that holds its model; they take turns in decoding one t
 from the same prompt, so that all see the same machine. The best round counts. lwquant's models are
 rounded to nearest, in 4 bits and in a mixed plan of 3.5: which codes they hold does not change
 their speed. Activations, norms, embeddings and head are float32 there (a bf16 head is slower where
-the processor has no bf16 products). "linears alone" is the time of all quantized linears called one
-after another: what is left of a token is attention, norms, head, and Python.
+the processor has no bf16 products), and once more embeddings and head rounded to 8 bits. "linears
+alone" is the time of all quantized linears called one after another: what is left of a token is
+attention, norms, head, and Python.
 """
 
 from __future__ import annotations
@@ -34,7 +35,16 @@ SHAPE_1B = {
     "num_key_value_heads": 8,
 }
 MODELS = ("smollm2", "random-1b")
-ENGINES = ("lwquant 4 bits", "lwquant mixed 3.5", "float32", "bf16", "llama.cpp 4", "llama.cpp 3")
+WITH_HEAD = ", embeddings 8"
+OURS = ("lwquant 4 bits", "lwquant mixed 3.5")
+ENGINES = (
+    *OURS,
+    *(engine + WITH_HEAD for engine in OURS),
+    "float32",
+    "bf16",
+    "llama.cpp 4",
+    "llama.cpp 3",
+)
 # The nearest types; SmolLM2 came as Q4_1, and rows of 576 are no whole number of K-quant blocks.
 GGUF_TYPES = {"llama.cpp 4": "Q4_K_M", "llama.cpp 3": "Q3_K_M"}
 
@@ -75,9 +85,9 @@ def quantized(model: str, engine: str) -> Path:
     """lwquant's folder for an engine, made on the first call."""
     import lwquant
 
-    folder = MADE / f"{model}-{engine.replace(' ', '-')}"
+    folder = MADE / f"{model}-{engine.replace(' ', '-').replace(',', '')}"
     if not folder.exists():
-        uniform = engine == "lwquant 4 bits"
+        uniform = engine.startswith("lwquant 4 bits")
         lwquant.quantize(
             original(model),
             bpw=4.25 if uniform else 3.5,
@@ -89,6 +99,7 @@ def quantized(model: str, engine: str) -> Path:
             allocator="uniform" if uniform else {"name": "ranked", "bits": (4, 3)},
             allow_worse=True,
             bits=(4, 16) if uniform else (3, 4),
+            embedding_bits=8 if engine.endswith(WITH_HEAD) else 16,
             calibration="builtin",
             n_samples=2,
             held_out=1,

@@ -88,6 +88,10 @@ def quantize(
     tie_fused: Annotated[
         bool, typer.Option(help="Same width for q/k/v and for gate/up, as vLLM needs.")
     ] = False,
+    embedding_bits: Annotated[
+        int | None,
+        typer.Option(help="4 to 8: round embedding and head, too; default 16, as they are."),
+    ] = None,
     activation_bits: Annotated[
         int | None,
         typer.Option(help="8 or 16: kernels hold inputs in so many; default: by the error."),
@@ -140,6 +144,7 @@ def quantize(
         seed=seed,
         tie_fused=tie_fused or None,
         effort=effort,
+        embedding_bits=embedding_bits,
         activation_bits=activation_bits,
         unclipped_qk=unclipped_qk,
         polish=polish,

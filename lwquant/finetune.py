@@ -134,7 +134,10 @@ def last_quantized(
     """The last block's output (n_samples, seq_len, hidden) of the model with these weights."""
     outputs = torch.empty(0)
     for visit in walk_blocks(
-        decoder, tokens, lambda index, block, _: _put_in(decoder, index, block, weights)
+        decoder,
+        tokens,
+        lambda index, block, _: _put_in(decoder, index, block, weights),
+        packed=True,
     ):
         outputs = visit.outputs
     return outputs

@@ -33,6 +33,7 @@ class Inspection:
                     **asdict(linear.scheme),
                     "metric_cost": linear.cost,
                     "activation_bits": linear.activation_bits,
+                    "int8_weights": linear.int8_weights,
                 }
                 for name, linear in self.record.linears.items()
             },

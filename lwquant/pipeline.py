@@ -130,7 +130,7 @@ def quantize(
         )
     check_output(output, overwrite)
     with fast_float32():
-        opened = open_model(model, device, revision, transform)
+        opened = open_model(model, device, revision, transform, chosen.embedding_bits)
         check_roles(opened.decoder.linears, rounding.unclipped_qk)
         outliers = chosen.outliers > 0
         target = bpw_of_size(opened, size, outliers) if size is not None else bpw
@@ -190,6 +190,8 @@ def _quantize_and_save(
 ) -> Result:
     decoder = opened.decoder
     notes = [*opened.notes, *plan.notes]
+    if opened.embeddings is not None:
+        notes.append(f"embedding and head rounded to {recipe.embedding_bits} bits")
     if rounding.polish:
         notes.append(f"rounding learned block by block, {rounding.polish} steps each")
     if share := rounding.unclipped_qk:
@@ -208,7 +210,14 @@ def _quantize_and_save(
     calibration, held_out = windows.calibration, windows.held_out
     n_samples, seq_len = calibration.tokens.shape
     with new_folder(output, overwrite) as folder, extra_files(opened) as extras:
-        writer = ModelWriter(folder, opened.source, decoder.linears, decoder.model, decoder.key_of)
+        writer = ModelWriter(
+            folder,
+            opened.source,
+            decoder.linears,
+            decoder.model,
+            decoder.key_of,
+            embeddings=opened.embeddings,
+        )
 
         def keep(done: QuantizedLinearResult) -> None:
             if isinstance(done.weight, QuantizedWeight):
@@ -240,10 +249,16 @@ def _quantize_and_save(
             size_bytes=size_bytes,
             original_size_bytes=opened.source.size_bytes,
             linears={
-                name: LinearRecord(scheme, plan.costs.get(name), writer.activation_bits.get(name))
+                name: LinearRecord(
+                    scheme,
+                    plan.costs.get(name),
+                    writer.activation_bits.get(name),
+                    writer.int8_weights.get(name),
+                )
                 for name, scheme in plan.schemes.items()
             },
             transform=opened.transform,
+            embedding_bits=None if opened.embeddings is None else recipe.embedding_bits,
             decode_bytes=plan_bytes(plan.schemes, decoder.linears),
             decode_us=plan.decode_us,
             notes=tuple(notes),

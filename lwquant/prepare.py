@@ -30,6 +30,8 @@ from lwquant.model.checkpoint import WeightSource, open_checkpoint, resolve
 from lwquant.model.decoder import Decoder
 from lwquant.progress import Progress, silent
 from lwquant.recipe import Recipe
+from lwquant.rounded_embeddings import RoundedEmbeddings, round_embeddings
+from lwquant.scheme import FLOAT_BITS
 from lwquant.transforms import Transform
 from lwquant.transforms.apply import transformed
 from lwquant.types import CalibrationSet
@@ -60,6 +62,7 @@ class OpenModel:
     tokenizer: Any
     transform: Mapping[str, object] | None = None  # what source and decoder went through
     notes: tuple[str, ...] = ()  # what has to be noted of it
+    embeddings: RoundedEmbeddings | None = None  # embedding and head, where they are rounded
 
     @property
     def n_weights(self) -> int:
@@ -75,7 +78,12 @@ class OpenModel:
     def other_bytes(self) -> int:
         """Bytes of all else in the output: embeddings, head, norms, biases, and file headers."""
         linears, total = self._linear_keys(), self.array_bytes(ARRAYS)
-        for key in set(self.source.names()).difference(linears):
+        others = set(self.source.names()).difference(linears)
+        if self.embeddings is not None:
+            others.difference_update(map(self.decoder.key_of, self.embeddings.replaced))
+            for key, tensor in self.embeddings.tensors.items():
+                total += tensor.nbytes + HEADER_BYTES + len(key)
+        for key in others:
             n_values = math.prod(self.source.shape(key))
             total += n_values * self.source.carried_dtype(key).itemsize + HEADER_BYTES + len(key)
         return total
@@ -94,11 +102,13 @@ def open_model(
     device: str = "cpu",
     revision: str | None = None,
     transform: Transform | None = None,
+    embedding_bits: int = FLOAT_BITS,
 ) -> OpenModel:
     """Open and check a checkpoint; all its weights are read once, so that NaN is found early.
 
     Args:
         transform: source and decoder are those of the transformed model.
+        embedding_bits: of embedding and head; 16 leaves them as they are.
 
     Raises CheckpointError, UnsupportedModelError, TransformError, and LwquantError for a device
     that cannot be used.
@@ -113,11 +123,15 @@ def open_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: no usable tokenizer: {error}") from error
-    if transform is None:
-        return OpenModel(str(model), path, source, decoder, tokenizer)
-    decoder, notes = transformed(decoder, transform)
-    name = str(model)
-    return OpenModel(name, path, decoder.source, decoder, tokenizer, describe(transform), notes)
+    settings: Mapping[str, object] | None = None
+    notes: tuple[str, ...] = ()
+    if transform is not None:
+        decoder, notes = transformed(decoder, transform)
+        settings = describe(transform)
+    embeddings = None if embedding_bits == FLOAT_BITS else round_embeddings(decoder, embedding_bits)
+    return OpenModel(
+        str(model), path, decoder.source, decoder, tokenizer, settings, notes, embeddings
+    )
 
 
 def prepare_tokens(
@@ -201,7 +215,8 @@ def bpw_of_size(opened: OpenModel, size: str | int, outliers: bool = False) -> f
         other += opened.array_bytes(OUTLIER_ARRAYS)
     if wanted <= other:
         raise BudgetError(
-            f"size {wanted / 1e6:.1f} MB is below the floor: the tensors that stay as they are "
-            f"(embeddings, head, norms) take {other / 1e6:.1f} MB alone"
+            f"size {wanted / 1e6:.1f} MB is below the floor: what is not in the linears "
+            f"(embeddings, head, norms) takes {other / 1e6:.1f} MB alone"
+            + (", less with embedding_bits=8" if opened.embeddings is None else "")
         )
     return (wanted - other) * 8 / opened.n_weights

@@ -43,9 +43,12 @@ class Streams:
             copies: how often each calibration window is there, in the order of shifted_around();
                 more than once takes two different windows at least.
         """
-        hidden = torch.cat([decoder.embed(row[None]) for row in tokens])
+        quantized, floating = (
+            torch.cat([decoder.embed(row[None], packed=packed) for row in tokens])
+            for packed in (True, False)
+        )
         half = first_half(n_calibration, tokens.shape[1], copies) if copies > 1 else None
-        return cls(hidden, hidden.clone(), n_calibration, tokens, half)
+        return cls(quantized, floating, n_calibration, tokens, half)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Tables on stdout for people."""
+"""Embeddings on stdout for people."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lwquant.types import BitPlan, SensitivityReport
 if TYPE_CHECKING:  # these modules import what draws the tables
     from lwquant.evaluation.evaluate import Evaluation
     from lwquant.evaluation.evaluate_tasks import TaskEvaluation
+    from lwquant.export.record import LinearRecord
     from lwquant.inspection import Inspection
     from lwquant.measured_plans import MeasuredPlan
     from lwquant.pipeline import Result
@@ -175,6 +176,12 @@ def print_ratio(rows: Sequence[RatioRow]) -> None:
     )
 
 
+def activations(entry: LinearRecord) -> str:
+    if entry.activation_bits is None:
+        return ""
+    return f"{entry.activation_bits} bits" + ", weights too" * bool(entry.int8_weights)
+
+
 def print_inspection(found: Inspection) -> None:
     record = found.record
     print(
@@ -190,7 +197,7 @@ def print_inspection(found: Inspection) -> None:
             [
                 name,
                 entry.scheme.label,
-                "" if entry.activation_bits is None else f"{entry.activation_bits} bits",
+                activations(entry),
                 "" if entry.cost is None else f"{entry.cost:.3g}",
             ]
             for name, entry in record.linears.items()

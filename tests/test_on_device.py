@@ -49,8 +49,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "metric": "embedding_delta",
         "codebook": "nf4",
     },
-    "output error, guided": {"metric": "output_error", "guided": 2},
-    "delta loss, rotated, weighted tokens, learned rounding, tuned scales": {
+    "output error, guided, embeddings": {
+        "metric": "output_error",
+        "guided": 2,
+        "embedding_bits": 8,
+    },
+    "delta loss, rotated, embeddings, weighted tokens, learned rounding, tuned scales": {
+        "embedding_bits": 6,
         "metric": "delta_loss",
         "transform": "rotate",
         "token_importance": "attention_concentration",

@@ -136,6 +136,10 @@ def test_the_kl_seen_while_quantizing_is_the_kl_of_the_saved_model(
     config = model.config.quantization_config.to_dict()
     narrow = {name for name, layer in linears.items() if layer.int8_weights}
     assert narrow == set(config["int8_weights"]) and narrow
+    said = inspect_folder(made.folder).linears
+    assert {name: linear.int8_weights for name, linear in said.items() if linear.int8_weights} == (
+        dict.fromkeys(narrow, True)
+    )
     with_eight = kl()
     lwquant.set_activation_bits(model, 16)
     assert kl() == pytest.approx(made.held_out.kl_divergence, rel=1e-3)

@@ -18,7 +18,7 @@ from lwquant.evaluation.reference import reference_predictions
 from lwquant.export.format import QUANT_METHOD, parse_quantization_config
 from lwquant.model.checkpoint import resolve
 from lwquant.model.model_folder import CONFIG, read_json
-from lwquant.nn.linear import compile_kernels
+from lwquant.nn.packed import compile_kernels
 from lwquant.prepare import OpenModel, open_model
 from lwquant.progress import Progress
 

@@ -88,12 +88,16 @@ def _introduction(record: RunRecord) -> str:
     name = (
         f"[{base}](https://huggingface.co/{base})" if is_hub_id(record.base_model) else f"`{base}`"
     )
+    rounded = f"Embedding and head are rounded to {record.embedding_bits} bits"
     others = "Embeddings, norms and head are unchanged."
+    if record.embedding_bits is not None:
+        others = f"{rounded}, norms are unchanged."
     if record.transform:
+        kept = "Embeddings and head are stored as wide as they were"
         others = (
             f"Before that all weights were transformed ({_settings(record.transform)}), which "
-            "changes nothing in what the model computes; embeddings and head are stored as wide "
-            "as they were."
+            "changes nothing in what the model computes. "
+            f"{kept if record.embedding_bits is None else rounded}."
         )
     return (
         f"{name} with its linear layers quantized to {record.bpw:.3f} bits per weight on average "

@@ -1,4 +1,4 @@
-"""The on-disk format, version 5: tensor names and the `quantization_config` of config.json.
+"""The on-disk format, version 6: tensor names and the `quantization_config` of config.json.
 
 A quantized linear `name` is stored as
     name.qweight  int32    (out_features, row_words(in_features, bits))  codes, row by row
@@ -15,7 +15,9 @@ the transformers model. No other file makes up these names. A linear with a `cod
 a symmetric one; what its codes stand for is in lwquant/codebooks.py, not in the file.
 
 `int8_activations` names the linears whose kernels may round inputs to 8 bits, `int8_weights` those
-of them that may round weights, too; see lwquant/activation_choice.py. Version 4 had only the first.
+of them that may round weights, too; see lwquant/activation_choice.py. `embeddings` names the
+embedding where it is rounded, and the head unless it shares the embedding's weight; both are stored
+as symmetric linears with scale_bits 8. Version 4 had only the first of the three, 5 the first two.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,11 +45,17 @@ from lwquant.scheme import FLOAT_BITS, QuantScheme, row_words
 from lwquant.types import QuantizedWeight
 
 QUANT_METHOD = "lwquant"
-FORMAT_VERSION = 5
-_READ_VERSIONS = (4, 5)
+FORMAT_VERSION = 6
+# What an earlier version that can be read does not have, and what that means.
+_ADDED: dict[int, dict[str, Any]] = {
+    4: {"int8_weights": [], "embeddings": {}},
+    5: {"embeddings": {}},
+    FORMAT_VERSION: {},
+}
 
 _FLOAT = QuantScheme(FLOAT_BITS)
-_CONFIG_KEYS = {"quant_method", "version", "bpw", "linears", "int8_activations", "int8_weights"}
+_CONFIG_KEYS = {"quant_method", "version", "bpw", "linears"}
+_CONFIG_KEYS |= {"int8_activations", "int8_weights", "embeddings"}
 _LINEAR_KEYS = {entry.name for entry in fields(QuantScheme)}
 
 
@@ -58,6 +67,7 @@ class QuantizationConfig:
     bpw: float  # stored bits per weight
     int8_activations: frozenset[str]  # linears
     int8_weights: frozenset[str]  # some of those
+    embeddings: Mapping[str, QuantScheme]  # empty, or of the embedding, and of a head of its own
 
 
 def quantization_config(
@@ -65,6 +75,7 @@ def quantization_config(
     bpw: float,
     int8_activations: Collection[str] = (),
     int8_weights: Collection[str] = (),
+    embeddings: Mapping[str, QuantScheme] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What config.json says about the quantization; `parse_quantization_config` reads it back."""
     return {
@@ -74,6 +85,7 @@ def quantization_config(
         "linears": {name: asdict(scheme) for name, scheme in schemes.items()},
         "int8_activations": sorted(int8_activations),
         "int8_weights": sorted(int8_weights),
+        "embeddings": {name: asdict(scheme) for name, scheme in embeddings.items()},
     }
 
 
@@ -90,12 +102,12 @@ def parse_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig:
             f"{QUANT_METHOD!r}"
         )
     version = config.get("version")
-    if version not in _READ_VERSIONS or isinstance(version, bool):
+    if not isinstance(version, int) or version not in _ADDED:
         raise CheckpointError(
             f"quantization_config: version={version!r} is not one that this lwquant reads: "
-            f"{_READ_VERSIONS}"
+            f"{tuple(_ADDED)}"
         )
-    added: dict[str, Any] = {} if version == FORMAT_VERSION else {"int8_weights": []}
+    added = _ADDED[version]
     _check_keys("quantization_config", config, _CONFIG_KEYS - added.keys())
     config = {**config, **added}
     bpw, linears = config["bpw"], config["linears"]
@@ -103,11 +115,16 @@ def parse_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig:
         raise CheckpointError(f"quantization_config: bpw={bpw!r} is not a positive number")
     if not isinstance(linears, Mapping) or not linears:
         raise CheckpointError("quantization_config: linears names no linear")
-    schemes = {name: _parse_linear(name, entry) for name, entry in linears.items()}
+    if not isinstance(config["embeddings"], Mapping):
+        raise CheckpointError("quantization_config: embeddings is not an object")
+    schemes, tables = (
+        {name: _parse_linear(name, entry) for name, entry in named.items()}
+        for named in (linears, config["embeddings"])
+    )
     quantized = {name for name, scheme in schemes.items() if not scheme.is_float}
     activations = _parse_names(config, "int8_activations", quantized, "quantized linear")
     weights = _parse_names(config, "int8_weights", activations, "linear with int8 activations")
-    return QuantizationConfig(schemes, float(bpw), activations, weights)
+    return QuantizationConfig(schemes, float(bpw), activations, weights, tables)
 
 
 def tensors_of(name: str, quantized: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from lwquant.export.format import (
 from lwquant.model.names import parameter_names
 from lwquant.model.safetensors_header import TensorEntry, read_header
 from lwquant.model.structure import features_of
-from lwquant.nn.linear import QuantizedLinear, compile_kernels
-from lwquant.nn.replace import find_linear, replace_linears
+from lwquant.nn.linear import QuantizedLinear
+from lwquant.nn.packed import PACKED_MODULES, compile_kernels
+from lwquant.nn.replace import find_linear, replace_embeddings, replace_linears
 from lwquant.scheme import QuantScheme
 
 # Dtype (None: whatever the checkpoint had) and shape of one tensor in a file.
@@ -46,22 +48,32 @@ class LwquantConfig(QuantizationConfigMixin):
         bpw: float,
         int8_activations: Collection[str] = (),
         int8_weights: Collection[str] = (),
+        embeddings: Mapping[str, QuantScheme] = MappingProxyType({}),
     ) -> None:
         self.schemes = dict(schemes)
         self.bpw = bpw
         self.int8_activations = frozenset(int8_activations)
         self.int8_weights = frozenset(int8_weights)
+        self.embeddings = dict(embeddings)
 
     @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         parsed = parse_quantization_config(config_dict)
-        config = cls(parsed.schemes, parsed.bpw, parsed.int8_activations, parsed.int8_weights)
+        config = cls(
+            parsed.schemes,
+            parsed.bpw,
+            parsed.int8_activations,
+            parsed.int8_weights,
+            parsed.embeddings,
+        )
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return quantization_config(self.schemes, self.bpw, self.int8_activations, self.int8_weights)
+        return quantization_config(
+            self.schemes, self.bpw, self.int8_activations, self.int8_weights, self.embeddings
+        )
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
@@ -86,6 +98,11 @@ class LwquantQuantizer(HfQuantizer):
             packed |= layout_of(name, *features_of(find_linear(model, name)), scheme)
         config = self.quantization_config
         replace_linears(model, schemes, config.int8_activations, config.int8_weights)
+        if config.embeddings:
+            replace_embeddings(model, config.embeddings)
+            for name, scheme in config.embeddings.items():
+                table: Any = model.get_submodule(name)
+                packed |= layout_of(name, table.out_features, table.in_features, scheme)
         _skip_initialization(model)
 
         entries: dict[str, TensorEntry] = {}
@@ -156,7 +173,7 @@ def _skip_initialization(model: PreTrainedModel) -> None:
     marked; buffers that are not stored (rotary tables) still have to be computed.
     """
     for module in model.modules():
-        packed = any(isinstance(inner, QuantizedLinear) for inner in module.modules())
+        packed = any(isinstance(inner, PACKED_MODULES) for inner in module.modules())
         if packed and not module._non_persistent_buffers_set:
             module._is_hf_initialized = True  # type: ignore[assignment]
 

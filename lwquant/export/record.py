@@ -39,6 +39,7 @@ class LinearRecord:
     scheme: QuantScheme
     cost: float | None = None
     activation_bits: int | None = None  # None where the linear was left at 16 bits
+    int8_weights: bool | None = None  # whether many tokens may run in int8 throughout
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class RunRecord:
     linears: Mapping[str, LinearRecord]
     correction: Mapping[str, Any] | None = None
     transform: Mapping[str, Any] | None = None  # None where the model was quantized as it is
+    embedding_bits: int | None = None  # of embedding and head, None where they are as they were
     uniform_bpw: float | None = None
     original_bpw: float | None = None
     decode_bytes: int | None = None  # of the linears, that a decoded token reads
@@ -73,6 +75,7 @@ class RunRecord:
                 **asdict(linear.scheme),
                 "cost": linear.cost,
                 "activation_bits": linear.activation_bits,
+                "int8_weights": linear.int8_weights,
             }
             for name, linear in self.linears.items()
         }
@@ -87,6 +90,7 @@ class RunRecord:
                 entry.read(QuantScheme.from_fields),
                 entry.optional("cost", _number),
                 entry.optional("activation_bits", _integer),
+                entry.optional("int8_weights", _boolean),
             )
             for name, entry in keys.children("linears")
         }
@@ -106,6 +110,7 @@ class RunRecord:
             linears=linears,
             correction=keys.optional("correction", _mapping),
             transform=keys.optional("transform", _mapping),
+            embedding_bits=keys.optional("embedding_bits", _integer),
             uniform_bpw=keys.optional("uniform_bpw", _number),
             original_bpw=keys.optional("original_bpw", _number),
             decode_bytes=keys.optional("decode_bytes", _integer),
@@ -216,6 +221,12 @@ def _string(value: Any) -> str:
 def _integer(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError("a whole number")
+    return value
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("true or false")
     return value
 
 

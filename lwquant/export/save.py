@@ -17,6 +17,7 @@ from lwquant.export.shards import ShardWriter
 from lwquant.model.checkpoint import WeightSource
 from lwquant.model.model_folder import member
 from lwquant.nn.replace import find_linear
+from lwquant.rounded_embeddings import RoundedEmbeddings
 from lwquant.scheme import FLOAT_BITS, QuantScheme
 from lwquant.types import LinearSpec, QuantizedWeight
 
@@ -54,6 +55,7 @@ class ModelWriter:
             in its state dict, whatever prefix the checkpoint uses: another prefix loads too, but
             transformers 5.17 then ignores the `dtype` argument for renamed tensors.
         key_of: the checkpoint's name of a model parameter, None where it has none.
+        embeddings: embedding and the head, where they are not stored as the checkpoint has them.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class ModelWriter:
         model: nn.Module,
         key_of: Callable[[str], str | None],
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        embeddings: RoundedEmbeddings | None = None,
     ) -> None:
         self._folder = folder
         self._checkpoint = checkpoint
@@ -72,9 +75,11 @@ class ModelWriter:
         self._names = {key: name for name in model.state_dict() if (key := key_of(name))}
         self._missing = {spec.name for spec in linears}
         self._weights = {f"{name}.weight" for name in self._missing}
+        self._embeddings = embeddings
         self._written: dict[str, QuantScheme] = {}
-        self.activation_bits: dict[str, int] = {}  # of the quantized linears written so far
-        self._int8_weights: list[str] = []
+        # Of the quantized linears written so far.
+        self.activation_bits: dict[str, int] = {}
+        self.int8_weights: dict[str, bool] = {}
 
     def linear(self, spec: LinearSpec, weight: QuantizedWeight | Tensor) -> None:
         """Write one linear: quantized, or float16/bfloat16 (out_features, in_features).
@@ -96,8 +101,7 @@ class ModelWriter:
                 self._shards.add(name, tensor)
             self._written[spec.name] = weight.scheme
             self.activation_bits[spec.name] = weight.activation_bits
-            if weight.int8_weights and weight.activation_bits == 8:
-                self._int8_weights.append(spec.name)
+            self.int8_weights[spec.name] = weight.int8_weights and weight.activation_bits == 8
         else:
             self._shards.add(f"{spec.name}.weight", self._as_stored(spec.name, weight))
             self._written[spec.name] = QuantScheme(FLOAT_BITS)
@@ -118,11 +122,15 @@ class ModelWriter:
             planned, written = schemes.get(name), self._written.get(name)
             if planned != written:
                 raise OutputError(f"{name!r} is planned as {planned} and was written as {written}")
+        rounded = self._embeddings.replaced if self._embeddings is not None else frozenset()
         for key in self._checkpoint.names():
             name = self._names.get(key, key)
-            if name not in self._weights:
+            if name not in self._weights and name not in rounded:
                 tensor = self._checkpoint.read(key)
                 self._shards.add(name, tensor.to(self._checkpoint.carried_dtype(key)))
+        if self._embeddings is not None:
+            for name, tensor in self._embeddings.tensors.items():
+                self._shards.add(name, tensor)
         size = self._shards.finish()
         self._write_config(schemes, bpw)
         copy_extra_files(extra_files_from, self._folder)
@@ -142,8 +150,10 @@ class ModelWriter:
             key = next(key for key, name in self._names.items() if name in self._weights)
             config["dtype"] = str(self._checkpoint.dtype(key)).removeprefix("torch.")
         narrow = [name for name, bits in self.activation_bits.items() if bits == 8]
+        narrower = [name for name, allowed in self.int8_weights.items() if allowed]
+        embeddings = self._embeddings.schemes if self._embeddings is not None else {}
         config["quantization_config"] = quantization_config(
-            schemes, bpw, narrow, self._int8_weights
+            schemes, bpw, narrow, narrower, embeddings
         )
         path = self._folder / "config.json"
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -46,6 +46,7 @@ class Decoder:
         self.source = source
         self.device = device
         self.model = model
+        self.packed: dict[str, nn.Module] = {}  # embedding and head rounded, by module path
         self.blocks_path, self.blocks = find_blocks(model)
         self._calls: dict[tuple[object, ...], list[Call]] = {}
         self._returns_tuple: bool | None = None
@@ -111,9 +112,13 @@ class Decoder:
         return spec.name.removeprefix(f"{self.blocks_path}.{spec.block}.")
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Input of the first block, (n_samples, seq_len, hidden), for tokens (n_samples, seq)."""
-        return self._first_call(tokens)[0]
+    def embed(self, tokens: Tensor, *, packed: bool = False) -> Tensor:
+        """Input of the first block, (n_samples, seq_len, hidden), for tokens (n_samples, seq).
+
+        With `packed`, by the rounded embedding if there is one.
+        """
+        with self._embeddings_replaced(packed):
+            return self._first_call(tokens)[0]
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Output of a loaded block, as its weights are now, for (n_samples, seq_len, hidden)."""
@@ -121,10 +126,16 @@ class Decoder:
         output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits (n_samples, seq_len, vocab) of the last block's output: final norm, head, caps."""
+    def head(self, hidden: Tensor, *, packed: bool = False) -> Tensor:
+        """Logits (n_samples, seq_len, vocab) of the last block's output: final norm, head, caps.
+
+        With `packed`, by the rounded head if there is one.
+        """
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        with self._blocks_replaced(lambda index: lambda *args, **kwargs: self._wrap(hidden)):
+        with (
+            self._embeddings_replaced(packed),
+            self._blocks_replaced(lambda index: lambda *args, **kwargs: self._wrap(hidden)),
+        ):
             return self.model(input_ids=tokens, use_cache=False).logits
 
     @contextmanager
@@ -270,6 +281,19 @@ class Decoder:
 
     def _wrap(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
+
+    @contextmanager
+    def _embeddings_replaced(self, packed: bool) -> Iterator[None]:
+        """Inside, the rounded embedding and head are in place of the model's own."""
+        new = self.packed if packed else {}
+        old = {name: self.model.get_submodule(name) for name in new}
+        try:
+            for name, module in new.items():
+                self.model.set_submodule(name, module)
+            yield
+        finally:
+            for name, module in old.items():
+                self.model.set_submodule(name, module)
 
     @contextmanager
     def _blocks_replaced(self, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:

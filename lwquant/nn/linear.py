@@ -295,17 +295,6 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def compile_kernels(model: nn.Module) -> None:
-    """Lay the quantized linears out, and compile what those on GPUs need, side by side.
-
-    `from_pretrained` does it; after `model.to("cuda")` first calls compile one kind after another,
-    and before a CUDA graph is captured all must be there. LwquantError where there is no compiler.
-    """
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    laid_out = [(layer.prepare(), layer.activation_bits) for layer in layers]
-    ops.compile_ahead((kernel, bits) for kernel, bits in laid_out if kernel is not None)
-
-
 def set_activation_bits(model: nn.Module, bits: int, int8_weights: bool | None = None) -> None:
     """Let the kernels of all quantized linears hold their inputs in 8 or 16 bits from now on.
 

@@ -1,14 +1,17 @@
-"""Swap the linears of a transformers model for empty QuantizedLinears."""
+"""Swap the linears, the embedding and the head of a transformers model for empty packed ones."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lwquant.errors import CheckpointError
+from lwquant.errors import CheckpointError, UnsupportedModelError
+from lwquant.model.embeddings import Embeddings, find_embeddings
 from lwquant.model.structure import features_of
+from lwquant.nn.embedding import QuantizedEmbedding, TiedHead, check_table_scheme
 from lwquant.nn.linear import QuantizedLinear
 from lwquant.scheme import QuantScheme
 
@@ -57,3 +60,58 @@ def replace_linears(
         new.train(old.training)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
+
+
+def replace_embeddings(model: PreTrainedModel, schemes: Mapping[str, QuantScheme]) -> None:
+    """Put empty packed modules in place of the embedding and the head.
+
+    `schemes` names those with a weight of their own: the head is left out where it is tied.
+    Raises CheckpointError for other names and for schemes that no table has.
+    """
+    try:
+        places = find_embeddings(model)
+        for scheme in schemes.values():
+            check_table_scheme(scheme)
+    except (UnsupportedModelError, ValueError) as error:
+        raise CheckpointError(f"quantization_config: embeddings: {error}") from error
+    if {*schemes} != {*places.names}:
+        raise CheckpointError(
+            f"quantization_config: embeddings names {sorted(schemes)}, those of "
+            f"{type(model).__name__} are {sorted(places.names)}"
+        )
+    for name, module in embedding_modules(model, places, schemes).items():
+        model.set_submodule(name, module)
+    # There is no weight any more that transformers could tie.
+    gone = f"{places.table}.weight"
+    kept = {k: v for k, v in model.all_tied_weights_keys.items() if gone not in (k, v)}
+    model.all_tied_weights_keys = kept
+    if places.tied:
+        model._tied_weights_keys = {}
+
+
+def embedding_modules(
+    model: PreTrainedModel, places: Embeddings, schemes: Mapping[str, QuantScheme]
+) -> dict[str, nn.Module]:
+    """The packed modules by the names of those whose place they take; biases are shared."""
+    embedding, head = model.get_submodule(places.table), model.get_submodule(places.head)
+    assert isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)
+    weight = embedding.weight
+    table = QuantizedEmbedding(
+        embedding.num_embeddings,
+        embedding.embedding_dim,
+        schemes[places.table],
+        factor=places.factor,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    if places.tied:
+        return {places.table: table, places.head: TiedHead(table, head.bias)}
+    linear = QuantizedLinear(
+        head.in_features,
+        head.out_features,
+        schemes[places.head],
+        bias=False,
+        device=head.weight.device,
+    )
+    linear.bias = head.bias
+    return {places.table: table, places.head: linear}

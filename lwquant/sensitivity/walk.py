@@ -33,14 +33,14 @@ class BlockVisit:
 
 @torch.no_grad()
 def walk_blocks(
-    decoder: Decoder, tokens: Tensor, before: Before | None = None
+    decoder: Decoder, tokens: Tensor, before: Before | None = None, *, packed: bool = False
 ) -> Iterator[BlockVisit]:
     """Visit the blocks in forward order; a block stays loaded until the next one is asked for.
 
     `before` sees every loaded block with its index and its inputs, and may change its weights
-    before it runs.
+    before it runs; `packed` as for Decoder.embed().
     """
-    hidden = torch.cat([decoder.embed(row[None]) for row in tokens])
+    hidden = torch.cat([decoder.embed(row[None], packed=packed) for row in tokens])
     for index in range(decoder.n_blocks):
         with decoder.loaded(index) as block:
             if before is not None:

@@ -87,6 +87,7 @@ def test_the_json_has_the_keys_of_the_contract():
         "outliers": 0,
         "cost": 0.5,
         "activation_bits": None,
+        "int8_weights": None,
     }
     wanted = "lwquant base_model command seed calibration metric allocator quantizer correction"
     assert set(f"{wanted} budget bpw size_bytes original_size_bytes linears notes".split()) <= set(

@@ -1,4 +1,4 @@
-"""Tables of decode times: what they predict, and what is said where they cannot."""
+"""Embeddings of decode times: what they predict, and what is said where they cannot."""
 
 import json
 from pathlib import Path

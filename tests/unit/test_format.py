@@ -70,7 +70,7 @@ def random_outliers(scheme: QuantScheme, out_features: int, in_features: int) ->
 def test_the_config_survives_json_and_parsing():
     config = json.loads(json.dumps(quantization_config(SCHEMES, 3.625)))
     none: frozenset[str] = frozenset()
-    assert parse_quantization_config(config) == QuantizationConfig(SCHEMES, 3.625, none, none)
+    assert parse_quantization_config(config) == QuantizationConfig(SCHEMES, 3.625, none, none, {})
     narrow, narrower = (
         {"model.layers.0.up_proj", "model.layers.0.q_proj"},
         {"model.layers.0.q_proj"},
@@ -78,15 +78,28 @@ def test_the_config_survives_json_and_parsing():
     config = json.loads(json.dumps(quantization_config(SCHEMES, 3.625, narrow, narrower)))
     parsed = parse_quantization_config(config)
     assert (parsed.int8_activations, parsed.int8_weights) == (narrow, narrower)
+    tables = {"model.embed_tokens": QuantScheme(8, 64, symmetric=True, scale_bits=8)}
+    config = json.loads(json.dumps(quantization_config(SCHEMES, 3.625, embeddings=tables)))
+    assert parse_quantization_config(config).embeddings == tables
 
 
-def test_a_config_of_version_4_has_no_int8_weights():
-    config = quantization_config(SCHEMES, 3.5, ["model.layers.0.q_proj"]) | {"version": 4}
-    del config["int8_weights"]
+@pytest.mark.parametrize("version", [4, 5])
+def test_configs_of_earlier_versions_lack_what_came_later(version):
+    q = "model.layers.0.q_proj"
+    config = quantization_config(SCHEMES, 3.5, [q], [q]) | {"version": version}
+    del config["embeddings"]
+    later = {"embeddings": {}}
+    if version == 4:
+        del config["int8_weights"]
+        later["int8_weights"] = []
     parsed = parse_quantization_config(config)
-    assert parsed.int8_activations == {"model.layers.0.q_proj"} and not parsed.int8_weights
-    with pytest.raises(CheckpointError, match="unknown keys: int8_weights"):
-        parse_quantization_config(config | {"int8_weights": []})
+    assert parsed.int8_activations == {q} and parsed.int8_weights == (
+        {q} if version == 5 else set()
+    )
+    assert parsed.embeddings == {}
+    for name, value in later.items():
+        with pytest.raises(CheckpointError, match=f"unknown keys: {name}"):
+            parse_quantization_config(config | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -112,12 +125,13 @@ def test_int8_weights_beside_wider_activations_are_refused():
         parse_quantization_config(config)
 
 
-def test_the_config_is_spelled_as_version_5():
+def test_the_config_is_spelled_as_version_6():
     assert quantization_config(SCHEMES, 3.5, {"b", "a"}, {"b"}) == {
         "quant_method": "lwquant",
-        "version": 5,
+        "version": 6,
         "int8_activations": ["a", "b"],
         "int8_weights": ["b"],
+        "embeddings": {},
         "bpw": 3.5,
         "linears": {
             "model.layers.0.q_proj": entry(3, 64, False, 16),
@@ -152,7 +166,16 @@ def test_a_config_of_no_known_version_or_shape_is_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    "key", ["quant_method", "version", "bpw", "linears", "int8_activations", "int8_weights"]
+    "key",
+    [
+        "quant_method",
+        "version",
+        "bpw",
+        "linears",
+        "int8_activations",
+        "int8_weights",
+        "embeddings",
+    ],
 )
 def test_a_config_that_lacks_a_key_is_refused_by_its_name(key):
     config = quantization_config(SCHEMES, 3.5)

@@ -14,7 +14,8 @@ from torch._subclasses import FakeTensorMode
 from lwquant import ops
 from lwquant.codebooks import CODEBOOKS
 from lwquant.errors import LwquantError
-from lwquant.nn.linear import QuantizedLinear, compile_kernels, stored_scales
+from lwquant.nn.linear import QuantizedLinear, stored_scales
+from lwquant.nn.packed import compile_kernels
 from lwquant.quantizers.grid import in_window, storable_scale
 from lwquant.scheme import QuantScheme
 from lwquant.types import Outliers, QuantizedWeight
