@@ -13,8 +13,7 @@ from lwquant.budget_sweep import sweep  # noqa: E402
 from lwquant.errors import LwquantError  # noqa: E402
 from lwquant.evaluation import evaluate, evaluate_tasks  # noqa: E402
 from lwquant.export.hub import push_to_hub  # noqa: E402
-from lwquant.nn.linear import set_activation_bits  # noqa: E402
-from lwquant.nn.packed import compile_kernels  # noqa: E402
+from lwquant.nn.packed import compile_kernels, set_activation_bits  # noqa: E402
 from lwquant.pipeline import Result, quantize  # noqa: E402
 from lwquant.ratio_curves import ratio_curves  # noqa: E402
 from lwquant.recipe import Recipe, load_recipe  # noqa: E402

@@ -20,7 +20,9 @@ INT8_ACTIVATIONS = 0.02  # one scale for all tokens, or one for each, and 8 bits
 
 
 def candidates(shape: Shape) -> list[Candidate]:
-    found = [bf16(shape), int8_product(shape), _int8_weights(shape)]
+    found = [bf16(shape), int8_product(shape)]
+    if shape[1] % 32 == 0:  # else it is wrong, or ends the process (torch 2.13)
+        found.append(_int8_weights(shape))
     found += [_dynamic_int8(shape, engine) for engine in DYNAMIC_INT8_ENGINES]
     out_features, in_features = shape
     groups = [g for g in INT4_GROUPS if in_features % g == 0 and out_features % 16 == 0]

@@ -59,8 +59,8 @@ class QuantizedEmbedding(nn.Module):
         if not len(flat):
             return self.like.new_empty(*ids.shape, self.embedding_dim)
         rows: Tensor = torch.ops.lwquant.dequantize(
-            self.qweight[flat],
-            self.scales[flat],
+            self.qweight.index_select(0, flat),  # which refuses what is no row, unlike [flat]
+            self.scales.index_select(0, flat),
             None,
             self.scheme.bits,
             self.scheme.group_size,
@@ -78,7 +78,7 @@ class QuantizedEmbedding(nn.Module):
 class TiedHead(nn.Module):
     """y = x Wᵀ + bias with the table of a QuantizedEmbedding, of which it stores nothing itself.
 
-    What the kernels read is laid out from it, once; activations are integers of 16 bits.
+    What the kernels read is laid out from it, once.
     """
 
     bias: nn.Parameter | None
@@ -86,6 +86,7 @@ class TiedHead(nn.Module):
     def __init__(self, table: QuantizedEmbedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = table.embedding_dim, table.num_embeddings
+        self.activation_bits = 16  # as of QuantizedLinear
         self.bias = bias
         self._table = (table,)  # no module of this one: its tensors have one name
         self._laid_out: tuple[object, QuantizedLinear] | None = None
@@ -112,7 +113,7 @@ class TiedHead(nn.Module):
             layer.qweight, layer.scales = table.qweight, table.scales
             found = self._laid_out = state, layer
         layer = found[1]
-        layer.bias = self.bias
+        layer.bias, layer.activation_bits = self.bias, self.activation_bits
         return layer
 
     def __getstate__(self) -> dict[str, Any]:

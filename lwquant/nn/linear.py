@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lwquant import ops
-from lwquant.ops.activations import ACTIVATION_BITS
 from lwquant.ops.codebook import dequantize_codebook, linear_codebook
 from lwquant.ops.outliers import check_outliers, column_dtype, decode_columns, encode_columns
 from lwquant.ops.scale_bytes import encode_scales
@@ -293,25 +292,6 @@ class QuantizedLinear(nn.Module):
             if isinstance(given, Tensor) and given.dtype != dtype:
                 raise ValueError(f"{prefix}{name} is {given.dtype}, expected {dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def set_activation_bits(model: nn.Module, bits: int, int8_weights: bool | None = None) -> None:
-    """Let the kernels of all quantized linears hold their inputs in 8 or 16 bits from now on.
-
-    With `int8_weights`, beside 8 bits, weights of any width may become int8 where there are many
-    tokens, which is fastest and shows; False forbids it, None leaves what each layer was given.
-    What was chosen when the model was quantized is in lwquant/activation_choice.py. ValueError for
-    other bits, and for int8 weights beside 16.
-    """
-    if bits not in ACTIVATION_BITS:
-        raise ValueError(f"activation bits {bits} are not one of {ACTIVATION_BITS}")
-    if int8_weights and bits != 8:
-        raise ValueError(f"int8 weights need activations of 8 bits, not {bits}")
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.activation_bits = bits
-            if int8_weights is not None:
-                module.allow_int8_weights(int8_weights)
 
 
 def scale_dtype(scheme: QuantScheme) -> torch.dtype:

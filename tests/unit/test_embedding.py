@@ -27,7 +27,7 @@ from lwquant.model.embeddings import find_embeddings
 from lwquant.model.structure import set_weight
 from lwquant.nn.embedding import QuantizedEmbedding, TiedHead, fill_table
 from lwquant.nn.linear import QuantizedLinear
-from lwquant.nn.packed import compile_kernels
+from lwquant.nn.packed import compile_kernels, set_activation_bits
 from lwquant.prepare import open_model, prepare_tokens
 from lwquant.progress import silent
 from lwquant.quantizers.rtn import rtn
@@ -98,6 +98,9 @@ def test_rows_are_looked_up_and_unpacked(bits, width):
     largest = weight.abs().max()  # a scale is rounded by a thirty-second at most
     assert (got - weight[ids]).abs().max() <= 1.04 * largest / (2**bits - 2) + largest / 32
     assert table(ids[:0]).shape == (0, 3, width) and table(ids[0, 0]).shape == (width,)
+    for outside in (-1, 50):
+        with pytest.raises((IndexError, RuntimeError)):
+            table(torch.tensor([outside]))
 
 
 def test_rows_have_the_modules_dtype_and_factor():
@@ -155,6 +158,9 @@ def test_a_tied_head_follows_its_table():
     model["table"].qweight = twin["table"].qweight
     model["table"].scales = twin["table"].scales
     assert torch.equal(model["head"](x), before)
+    set_activation_bits(model, 8)
+    assert not torch.equal(model["head"](x), before)
+    set_activation_bits(model, 16)
     narrow = model["head"](x.bfloat16())
     assert narrow.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.float(), before, rtol=0.02, atol=0.05)

@@ -13,7 +13,8 @@ from test_ops_linear import Layer, random_inputs, random_layer, random_outliers,
 from torch import Tensor
 
 from lwquant import ops
-from lwquant.nn.linear import QuantizedLinear, set_activation_bits
+from lwquant.nn.linear import QuantizedLinear
+from lwquant.nn.packed import set_activation_bits
 from lwquant.types import QuantizedWeight
 
 FEWEST = 32  # tokens
