@@ -9,7 +9,7 @@ from test_quantized_linear import random_weight
 from lwquant import ops
 from lwquant.errors import LwquantError
 from lwquant.nn.linear import QuantizedLinear
-from lwquant.ops import native
+from lwquant.ops import native, tiles
 from lwquant.scheme import QuantScheme
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="without kernels there are no tiles")
@@ -35,13 +35,13 @@ def called(*shape: int, bias: bool = True) -> QuantizedLinear:
 def short(monkeypatch):
     """Shapes of the results that were made the short way."""
     shapes = []
-    real = torch.empty_like
+    real = tiles.empty_like
 
     def count(like):
         shapes.append(tuple(like.shape))
         return real(like)
 
-    monkeypatch.setattr(torch, "empty_like", count)
+    monkeypatch.setattr(tiles, "empty_like", count)
     return shapes
 
 
