@@ -1,7 +1,8 @@
 """The embedding table and the head rounded to a few bits, each weight to its nearest step.
 
-They are most of a small model's file, and the head most of what a decoded token reads, but no
-calibration is spent on them: at 8 bits, in groups of 64, rounding changes nothing that shows.
+They are most of a small model's file, and the head most of what a decoded token reads. No
+calibration is spent on them: at 8 bits, in groups of 64, rounding costs little by itself
+(benchmarks/embeddings.py).
 """
 
 from __future__ import annotations

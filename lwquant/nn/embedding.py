@@ -105,12 +105,14 @@ class TiedHead(nn.Module):
         if found is not None and torch.compiler.is_compiling():
             return found[1]
         (table,) = self._table
-        state = table.qweight.data_ptr(), table.qweight._version, table.qweight.device
+        codes = table.qweight
+        version = None if codes.is_inference() else codes._version  # which these do not count
+        state = codes.data_ptr(), version, codes.device
         if found is None or found[0] != state:
             layer = QuantizedLinear(
                 self.in_features, self.out_features, table.scheme, bias=False, device="meta"
             )
-            layer.qweight, layer.scales = table.qweight, table.scales
+            layer.qweight, layer.scales = codes, table.scales
             found = self._laid_out = state, layer
         layer = found[1]
         layer.bias, layer.activation_bits = self.bias, self.activation_bits

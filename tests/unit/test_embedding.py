@@ -166,6 +166,14 @@ def test_a_tied_head_follows_its_table():
     torch.testing.assert_close(narrow.float(), before, rtol=0.02, atol=0.05)
 
 
+def test_a_model_made_in_inference_mode_runs():
+    with torch.inference_mode():
+        table = table_of(torch.randn(50, 64), 8)
+        head, ids = TiedHead(table), torch.arange(5)
+        first = head(table(ids))
+        assert torch.equal(head(table(ids)), first)
+
+
 def test_lookup_and_head_compile_without_a_break():
     table = table_of(torch.randn(50, 64), 8)
     model = nn.Sequential(table, TiedHead(table))
