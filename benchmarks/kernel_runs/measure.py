@@ -123,6 +123,8 @@ class Wanted:
 def measure(shape: Shape, wanted: Wanted, probes: Probes) -> list[Row]:
     """Everything about one shape; its weights are gone afterwards."""
     common = common_peers(shape) if wanted.with_peers else [torch_peers.bf16(shape)]
+    if wanted.with_peers and max(wanted.tokens) >= MANY_TOKENS:  # few wait for memory anyway
+        common.append(torch_peers.int8_product(shape))
     rows = []
     for group, schemes in wanted.schemes.items():
         own = [

@@ -20,7 +20,7 @@ INT8_ACTIVATIONS = 0.02  # one scale for all tokens, or one for each, and 8 bits
 
 
 def candidates(shape: Shape) -> list[Candidate]:
-    found = [bf16(shape), int8_product(shape)]
+    found = [bf16(shape)]
     if shape[1] % 32 == 0:  # else it is wrong, or ends the process (torch 2.13)
         found.append(_int8_weights(shape))
     found += [_dynamic_int8(shape, engine) for engine in DYNAMIC_INT8_ENGINES]
