@@ -32,7 +32,7 @@ SHAPES = (*LARGE, (576, 1536), (1536, 576), (4304, 1000))
 QUICK_TOKENS, TOKENS = (1, 8), (1, 8, 32, 512)
 QUICK_GROUPS, GROUPS = (64,), (32, 64, 128, WHOLE_ROW)
 WIDTHS = (2, 3, 4, 5, 6, 8)
-ROUNDS, MANY_TOKENS_ROUNDS = 15, 3
+QUICK_ROUNDS, ROUNDS, MANY_TOKENS_ROUNDS = 10, 15, 3
 STRETCH_BYTES = 64 * 2**20  # of weights read in one timed stretch, as a model would
 CHECKED_TOKENS = 8  # at most, evenly spread; in float64 more would take longer than all the rest
 MANY_TOKENS = 32  # from here on a stretch is one call
@@ -255,7 +255,8 @@ def main(description: str) -> None:
         groups = [WHOLE_ROW if label == ROW else int(label) for label in named]
     if arguments.write and 1 not in tokens:
         parser.error("--write needs times at one token: add 1 to --tokens")
-    rounds = (arguments.rounds,) * 2 if arguments.rounds else (ROUNDS, MANY_TOKENS_ROUNDS)
+    few = QUICK_ROUNDS if arguments.quick else ROUNDS
+    rounds = (arguments.rounds,) * 2 if arguments.rounds else (few, MANY_TOKENS_ROUNDS)
     if not arguments.no_peers:
         make_importable(WORK)
     torch.set_num_threads(arguments.threads)
