@@ -14,25 +14,13 @@ import argparse
 import torch
 from peers import model_of
 from rows import commit, machine
-from torch import Tensor
 
 from lwquant.evaluation.windows import windows_of
 from lwquant.held_out import compare_streams
-from lwquant.prepare import OpenModel, open_model
+from lwquant.prepare import open_model
 from lwquant.recipe import EMBEDDING_BITS
 
 WINDOWS = {"smollm2": (6, 512), "gemma3": (4, 512), "stories260k": (40, 256)}
-
-
-def last_hidden(opened: OpenModel, windows: Tensor, packed: bool) -> Tensor:
-    """Output of the last block, from the rounded embedding or the original one."""
-    decoder = opened.decoder
-    hidden = torch.cat([decoder.embed(row[None], packed=packed) for row in windows])
-    for index in range(decoder.n_blocks):
-        with decoder.loaded(index) as block:
-            for row in range(len(hidden)):
-                hidden[row : row + 1] = decoder.run(index, block, hidden[row : row + 1])
-    return hidden
 
 
 @torch.no_grad()
@@ -49,8 +37,9 @@ def main() -> None:
     for bits in reversed(EMBEDDING_BITS):
         opened = open_model(model.folder, embedding_bits=bits)
         windows = windows_of(text, opened.tokenizer, seq_len, n_windows)
-        found = (last_hidden(opened, windows, packed) for packed in (True, False))
-        quality = compare_streams(opened.decoder, *found, windows)
+        decoder = opened.decoder
+        found = (decoder.last_hidden(windows, packed=packed) for packed in (True, False))
+        quality = compare_streams(decoder, *found, windows)
         size = opened.other_bytes / 1e6
         print(f"| {bits} | {quality.kl_divergence:.4f} | {size:.2f} |", flush=True)
 

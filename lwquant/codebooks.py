@@ -1,4 +1,4 @@
-"""Embeddings of sixteen values in [-1, 1] that 4-bit codes can name, in place of even steps.
+"""Tables of sixteen values in [-1, 1] that 4-bit codes can name, in place of even steps.
 
 nf4 has equal shares of a normal distribution around its values, zero among them: Dettmers et al.,
 "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314. fp4 is a float of one sign, two

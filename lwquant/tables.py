@@ -1,4 +1,4 @@
-"""Embeddings on stdout for people."""
+"""Tables on stdout for people."""
 
 from __future__ import annotations
 

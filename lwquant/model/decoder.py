@@ -149,9 +149,14 @@ class Decoder:
             self.model.set_attn_implementation(usual)
 
     @torch.no_grad()
-    def last_hidden(self, tokens: Tensor, progress: Progress = silent) -> Tensor:
-        """Output of the last block, (n_samples, seq_len, hidden), reading each block once."""
-        hidden = torch.cat([self.embed(row[None]) for row in tokens])
+    def last_hidden(
+        self, tokens: Tensor, progress: Progress = silent, *, packed: bool = False
+    ) -> Tensor:
+        """Output of the last block, (n_samples, seq_len, hidden), reading each block once.
+
+        `packed` as for embed(): only the embedding is another then.
+        """
+        hidden = torch.cat([self.embed(row[None], packed=packed) for row in tokens])
         for index in range(self.n_blocks):
             progress("reference", f"block {index}", index, self.n_blocks)
             with self.loaded(index) as block:

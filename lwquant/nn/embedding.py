@@ -95,7 +95,7 @@ class TiedHead(nn.Module):
         """(..., in_features) → (..., out_features), in the dtype of x."""
         return self.layer().forward(x)
 
-    def prepare(self) -> Any:
+    def prepare(self) -> ops.TiledLinear | None:
         """As of QuantizedLinear."""
         return self.layer().prepare()
 

@@ -18,9 +18,8 @@ def compile_kernels(model: nn.Module) -> None:
     `from_pretrained` does it; after `model.to("cuda")` first calls compile one kind after another,
     and before a CUDA graph is captured all must be there. LwquantError where there is no compiler.
     """
-    heads = [module.layer() for module in model.modules() if isinstance(module, TiedHead)]
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    laid_out = [(layer.prepare(), layer.activation_bits) for layer in (*layers, *heads)]
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | TiedHead)]
+    laid_out = [(layer.prepare(), layer.activation_bits) for layer in layers]
     ops.compile_ahead((kernel, bits) for kernel, bits in laid_out if kernel is not None)
 
 

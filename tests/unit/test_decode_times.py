@@ -1,4 +1,4 @@
-"""Embeddings of decode times: what they predict, and what is said where they cannot."""
+"""Tables of decode times: what they predict, and what is said where they cannot."""
 
 import json
 from pathlib import Path
