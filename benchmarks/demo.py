@@ -1,5 +1,7 @@
 """make demo: quantize SmolLM2-135M-Instruct, uniform and mixed at the same true bits, and compare.
 
+Then once more into a file of that size, where embedding and head give up bits for the linears.
+
 Needs nothing but this repository and PyPI; everything it makes goes into demo/.
 """
 
@@ -51,10 +53,20 @@ def main() -> None:
             calibration=[english[:cut]],
             **SETTINGS,
         )
+    output = WORK / "same-size"
+    shutil.rmtree(output, ignore_errors=True)
+    runs["same size"] = lwquant.quantize(
+        original,
+        size=runs["mixed"].size_bytes,
+        output=output,
+        report=runs["mixed"].report,
+        calibration=[english[:cut]],
+        **SETTINGS,
+    )
     rows = []
-    for name in ("uniform", "mixed"):
+    for name, run in runs.items():
         measured = lwquant.evaluate(
-            WORK / name, text=test, reference=original, windows=8, progress=StderrProgress()
+            run.folder, text=test, reference=original, windows=8, progress=StderrProgress()
         )
         if not rows:
             rows.append(
@@ -84,12 +96,13 @@ def main() -> None:
         rows,
     )
     print(
-        f"linears only: {runs['mixed'].bpw:.3f} bits; the embeddings, at 16 bits, take the rest.\n"
+        "bits/weight are those of the linears; embedding and head take the rest, at 16 bits, but\n"
+        f"{read_run(output).embedding_bits} in the last row, which `--size` chose.\n"
         "The source was 4-bit, so these losses are slightly flattered.\n"
         f"Why each linear got its bits: {WORK / 'bits.png'}, or `lwquant inspect {WORK}/mixed`\n"
     )
-    for name in ("uniform", "mixed"):
-        print(f"{name}: {generate(WORK / name)}\n")
+    for name, run in runs.items():
+        print(f"{name}: {generate(run.folder)}\n")
     print(f"took {time.monotonic() - start:.0f} seconds")
 
 

@@ -53,8 +53,7 @@ def sweep(
     )
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:
-        transform = transform_of(chosen.transform)
-        opened = open_model(model, device, revision, transform, chosen.embedding_bits)
+        opened = open_model(model, device, revision, transform_of(chosen.transform))
         for budget in bpw:
             check_budget(opened, chosen, budget)
         bench = bench_for(opened, chosen, texts, folder, progress, text=text, n_windows=windows)

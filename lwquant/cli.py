@@ -90,7 +90,10 @@ def quantize(
     ] = False,
     embedding_bits: Annotated[
         int | None,
-        typer.Option(help="4 to 8: round embedding and head, too; default 16, as they are."),
+        typer.Option(
+            help="4 to 8, or 16, as they are: of embedding and head; default: 16 with --bpw, else "
+            "what makes the best of the budget."
+        ),
     ] = None,
     activation_bits: Annotated[
         int | None,

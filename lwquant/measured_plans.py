@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lwquant.allocators.plan import write_plan
 from lwquant.capture.text import read_text_file
+from lwquant.embedding_choice import check_embeddings, with_embeddings
 from lwquant.evaluation.windows import windows_of
 from lwquant.held_out import measure_on
 from lwquant.massive_channels import check_roles
@@ -68,7 +69,9 @@ def bench_for(
             where it is None.
     """
     check_roles(opened.decoder.linears, recipe.unclipped_qk)
+    check_embeddings(opened, recipe)
     windows = prepare_tokens(opened, recipe, texts, progress)
+    opened = with_embeddings(opened, recipe, windows.calibration.tokens, progress)
     tested = windows.held_out
     if text is not None:
         content = read_text_file(Path(text))

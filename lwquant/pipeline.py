@@ -15,6 +15,14 @@ from torch import Tensor
 
 from lwquant import __version__
 from lwquant.allocators.plan import read_plan, write_plan
+from lwquant.embedding_choice import (
+    check_embeddings,
+    check_size,
+    rounded_for_loss,
+    rounded_for_size,
+    target_within,
+    with_embeddings,
+)
 from lwquant.errors import BudgetError, PlanError
 from lwquant.export.folder import check_output, new_folder, write_manifest
 from lwquant.export.hub import push_to_hub
@@ -34,7 +42,7 @@ from lwquant.massive_channels import check_roles
 from lwquant.matmul import fast_float32
 from lwquant.methods import describe
 from lwquant.pair_terms import paired_plan
-from lwquant.prepare import OpenModel, Windows, bpw_of_size, open_model, prepare_tokens
+from lwquant.prepare import OpenModel, Windows, open_model, prepare_tokens
 from lwquant.progress import Progress, StderrProgress
 from lwquant.recipe import (
     Recipe,
@@ -130,10 +138,9 @@ def quantize(
         )
     check_output(output, overwrite)
     with fast_float32():
-        opened = open_model(model, device, revision, transform, chosen.embedding_bits)
+        opened = open_model(model, device, revision, transform)
         check_roles(opened.decoder.linears, rounding.unclipped_qk)
-        outliers = chosen.outliers > 0
-        target = bpw_of_size(opened, size, outliers) if size is not None else bpw
+        check_embeddings(opened, chosen)
         given = _given_plan(plan, opened, chosen, rounding)
         known = read_report(Path(report)) if isinstance(report, str | Path) else report
         if given is None:
@@ -142,12 +149,21 @@ def quantize(
                 refuse_schemes(rounding.quantizer, rounding.polish, known.schemes)
         check_report(known, opened)
         check_row_groups(opened.decoder, rounding.guided)
-        if target is not None:
-            check_budget(opened, chosen, target)
+        if bpw is not None:
+            check_budget(opened, chosen, bpw)
+        elif size is not None:
+            check_size(opened, chosen, size)
         windows = prepare_tokens(opened, chosen, texts, progress)
+        tokens = windows.calibration.tokens
+        opened = with_embeddings(opened, chosen, tokens, progress)
         if given is None:
             if known is None:
                 known = measure(opened, windows.calibration, chosen, progress)
+            if size is not None:
+                opened = rounded_for_size(opened, known, chosen, size, tokens, progress)
+            elif max_kl is not None:
+                opened = rounded_for_loss(opened, known, chosen, max_kl, tokens, progress)
+            target = bpw if size is None else target_within(opened, known, chosen, size)
             plan_at = partial(plan_report, known, recipe=chosen)
             if target is not None and chosen.remeasure:
                 known, given = remeasured_plan(opened, known, target, chosen, windows, progress)
@@ -190,8 +206,6 @@ def _quantize_and_save(
 ) -> Result:
     decoder = opened.decoder
     notes = [*opened.notes, *plan.notes]
-    if opened.embeddings is not None:
-        notes.append(f"embedding and head rounded to {recipe.embedding_bits} bits")
     if rounding.polish:
         notes.append(f"rounding learned block by block, {rounding.polish} steps each")
     if share := rounding.unclipped_qk:
@@ -258,7 +272,7 @@ def _quantize_and_save(
                 for name, scheme in plan.schemes.items()
             },
             transform=opened.transform,
-            embedding_bits=None if opened.embeddings is None else recipe.embedding_bits,
+            embedding_bits=opened.embedding_bits if opened.embeddings is not None else None,
             decode_bytes=plan_bytes(plan.schemes, decoder.linears),
             decode_us=plan.decode_us,
             notes=tuple(notes),

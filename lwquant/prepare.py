@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,17 @@ from lwquant.errors import BudgetError, CalibrationError, CheckpointError
 from lwquant.methods import describe
 from lwquant.model.checkpoint import WeightSource, open_checkpoint, resolve
 from lwquant.model.decoder import Decoder
+from lwquant.model.embeddings import find_embeddings
 from lwquant.progress import Progress, silent
 from lwquant.recipe import Recipe
-from lwquant.rounded_embeddings import RoundedEmbeddings, round_embeddings
+from lwquant.rounded_embeddings import RoundedEmbeddings, embedding_scheme
 from lwquant.scheme import FLOAT_BITS
 from lwquant.transforms import Transform
 from lwquant.transforms.apply import transformed
 from lwquant.types import CalibrationSet
 
 ARRAYS = ("qweight", "scales", "zeros")  # of each quantized linear
+EMBEDDING_ARRAYS = ("qweight", "scales")  # of embedding and head, where they are rounded
 OUTLIER_ARRAYS = ("outlier_values", "outlier_columns", "outlier_rows")  # and, if it has outliers
 HEADER_BYTES = 110  # most that a safetensors header spends on one tensor, its name aside
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
@@ -75,26 +77,45 @@ class OpenModel:
         return self.source.file_bytes(self._linear_keys()) * 8 / self.n_weights
 
     @property
+    def embedding_bits(self) -> int:
+        return FLOAT_BITS if self.embeddings is None else self.embeddings.scheme.bits
+
+    @property
     def other_bytes(self) -> int:
         """Bytes of all else in the output: embeddings, head, norms, biases, and file headers."""
-        linears, total = self._linear_keys(), self.array_bytes(ARRAYS)
+        return self.other_bytes_with(self.embedding_bits)
+
+    def other_bytes_with(self, embedding_bits: int) -> int:
+        """other_bytes with embedding and head in so many bits; 16 are as they are.
+
+        UnsupportedModelError where they cannot be rounded.
+        """
+        linears = self._linear_keys()
+        total = _header_bytes(linears, ARRAYS)
         others = set(self.source.names()).difference(linears)
-        if self.embeddings is not None:
-            others.difference_update(map(self.decoder.key_of, self.embeddings.replaced))
-            for key, tensor in self.embeddings.tensors.items():
-                total += tensor.nbytes + HEADER_BYTES + len(key)
+        if embedding_bits != FLOAT_BITS:
+            places, scheme = find_embeddings(self.decoder.model), embedding_scheme(embedding_bits)
+            others.difference_update(map(self.decoder.key_of, places.weights))
+            total += _header_bytes(places.names, EMBEDDING_ARRAYS)
+            for name in places.names:
+                shape = self.decoder.model.get_parameter(f"{name}.weight").shape
+                total += scheme.stored_bits(*shape) // 8
         for key in others:
             n_values = math.prod(self.source.shape(key))
             total += n_values * self.source.carried_dtype(key).itemsize + HEADER_BYTES + len(key)
         return total
 
-    def array_bytes(self, arrays: Sequence[str]) -> int:
-        """What file headers spend on these arrays of every linear."""
-        return sum(len(arrays) * (HEADER_BYTES + len(key)) for key in self._linear_keys())
+    def outlier_header_bytes(self) -> int:
+        """What file headers spend on the outliers of all linears."""
+        return _header_bytes(self._linear_keys(), OUTLIER_ARRAYS)
 
     def _linear_keys(self) -> list[str]:
         keys = [self.decoder.key_of(f"{spec.name}.weight") for spec in self.decoder.linears]
         return [key for key in keys if key]
+
+
+def _header_bytes(names: Iterable[str], arrays: Sequence[str]) -> int:
+    return sum(len(arrays) * (HEADER_BYTES + len(name)) for name in names)
 
 
 def open_model(
@@ -102,13 +123,11 @@ def open_model(
     device: str = "cpu",
     revision: str | None = None,
     transform: Transform | None = None,
-    embedding_bits: int = FLOAT_BITS,
 ) -> OpenModel:
     """Open and check a checkpoint; all its weights are read once, so that NaN is found early.
 
     Args:
         transform: source and decoder are those of the transformed model.
-        embedding_bits: of embedding and head; 16 leaves them as they are.
 
     Raises CheckpointError, UnsupportedModelError, TransformError, and LwquantError for a device
     that cannot be used.
@@ -128,10 +147,7 @@ def open_model(
     if transform is not None:
         decoder, notes = transformed(decoder, transform)
         settings = describe(transform)
-    embeddings = None if embedding_bits == FLOAT_BITS else round_embeddings(decoder, embedding_bits)
-    return OpenModel(
-        str(model), path, decoder.source, decoder, tokenizer, settings, notes, embeddings
-    )
+    return OpenModel(str(model), path, decoder.source, decoder, tokenizer, settings, notes)
 
 
 def prepare_tokens(
@@ -204,19 +220,25 @@ def parse_size(size: str | int) -> int:
     return int(float(match[1]) * UNITS[(match[2] or "B").upper()])
 
 
-def bpw_of_size(opened: OpenModel, size: str | int, outliers: bool = False) -> float:
+def bpw_of_size(
+    opened: OpenModel,
+    size: str | int,
+    outliers: bool = False,
+    embedding_bits: int | None = None,
+) -> float:
     """Bits per weight of the linears that make all weight files together `size` large.
 
     Args:
         outliers: whether the linears' schemes have outliers.
+        embedding_bits: of embedding and head, if not those they have.
     """
-    wanted, other = parse_size(size), opened.other_bytes
+    bits = opened.embedding_bits if embedding_bits is None else embedding_bits
+    wanted, other = parse_size(size), opened.other_bytes_with(bits)
     if outliers:
-        other += opened.array_bytes(OUTLIER_ARRAYS)
+        other += opened.outlier_header_bytes()
     if wanted <= other:
         raise BudgetError(
             f"size {wanted / 1e6:.1f} MB is below the floor: what is not in the linears "
-            f"(embeddings, head, norms) takes {other / 1e6:.1f} MB alone"
-            + (", less with embedding_bits=8" if opened.embeddings is None else "")
+            f"(embeddings and head in {bits} bits, norms) takes {other / 1e6:.1f} MB alone"
         )
     return (wanted - other) * 8 / opened.n_weights

@@ -74,8 +74,7 @@ def ratio_curves(
     chosen.refuse_replanning("is for one budget, not for curves", "max_decode_us")
     check_output(output, overwrite)
     with fast_float32(), new_folder(output, overwrite) as folder:
-        transform = transform_of(chosen.transform)
-        opened = open_model(model, device, revision, transform, chosen.embedding_bits)
+        opened = open_model(model, device, revision, transform_of(chosen.transform))
         bench = bench_for(opened, chosen, texts, folder, progress, text=text, n_windows=windows)
         report = bench.report
         plans = [

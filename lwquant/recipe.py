@@ -51,7 +51,7 @@ class Recipe:
     more_group_sizes: tuple[int, ...] = ()  # each width is also in the menu with each of these
     symmetric: bool = False
     scale_bits: int = 8  # 16: scales as plain float16
-    embedding_bits: int = FLOAT_BITS  # of embedding and head: 4 to 8, or 16, as they are
+    embedding_bits: int = 0  # of embedding and head, 4 to 8, or 16; 0: see embedding_choice.py
     activation_bits: int = 0  # 8 or 16 in kernels; 0: by the error it makes, activation_choice.py
     unclipped_qk: float = 0.0  # share of q and k rows with full range; see massive_channels.py
     codebook: str = ""  # nf4 or fp4: the values of 4-bit codes, in place of even steps
@@ -81,9 +81,10 @@ class Recipe:
             raise LwquantError(f"sensitivity_samples={self.sensitivity_samples} must be positive")
         if not 0 <= self.unclipped_qk <= 1:
             raise LwquantError(f"unclipped_qk={self.unclipped_qk} must be in [0, 1]")
-        if self.embedding_bits not in EMBEDDING_BITS:
+        if self.embedding_bits not in (0, *EMBEDDING_BITS):
             raise LwquantError(
-                f"embedding_bits={self.embedding_bits} is not one of {EMBEDDING_BITS}"
+                f"embedding_bits={self.embedding_bits} is not one of {EMBEDDING_BITS}, or 0 for "
+                "what the budget says"
             )
         if self.activation_bits not in (0, *ACTIVATION_BITS):
             raise LwquantError(

@@ -40,7 +40,7 @@ def smallest_plan(
     for trial in range(MAX_TRIALS):
         if high - low <= TOLERANCE_BPW:
             break
-        target = _where_predicted(plan_at, max_kl / ratio, low, high)
+        target = where_predicted(plan_at, max_kl / ratio, low, high)
         margin = (high - low) * 0.1
         target = min(max(target, low + margin), high - margin)
         plan = plan_at(target)
@@ -57,7 +57,7 @@ def smallest_plan(
     return replace(best, notes=(*best.notes, note))
 
 
-def _where_predicted(
+def where_predicted(
     plan_at: Callable[[float], BitPlan], cost: float, low: float, high: float
 ) -> float:
     """Bits per weight in [low, high] where the plans' summed predicted cost falls to `cost`."""

@@ -154,13 +154,22 @@ def _pins(recipe: Recipe) -> dict[str, QuantScheme]:
 
 def check_budget(opened: OpenModel, recipe: Recipe, bpw: float) -> None:
     """BudgetError naming floor and ceiling or the fastest plan, before anything is measured."""
-    linears, schemes = opened.decoder.linears, recipe.schemes()
-    blank = SensitivityReport(linears, schemes, torch.zeros(len(linears), len(schemes)), {})
+    blank = _blank_report(opened, recipe)
     problem = problem_of(blank)
     budget = int(bpw * problem.n_weights)
     problem.check(budget)
     if recipe.max_decode_us is not None:
         check_time(problem_for(blank, recipe), budget)
+
+
+def blank_problem(opened: OpenModel, recipe: Recipe) -> Problem:
+    """What is known before anything is measured: all costs are zero."""
+    return problem_of(_blank_report(opened, recipe))
+
+
+def _blank_report(opened: OpenModel, recipe: Recipe) -> SensitivityReport:
+    linears, schemes = opened.decoder.linears, recipe.schemes()
+    return SensitivityReport(linears, schemes, torch.zeros(len(linears), len(schemes)), {})
 
 
 def check_times(opened: OpenModel, recipe: Recipe) -> None:

@@ -122,7 +122,7 @@ class ModelWriter:
             planned, written = schemes.get(name), self._written.get(name)
             if planned != written:
                 raise OutputError(f"{name!r} is planned as {planned} and was written as {written}")
-        rounded = self._embeddings.replaced if self._embeddings is not None else frozenset()
+        rounded = self._embeddings.places.weights if self._embeddings is not None else ()
         for key in self._checkpoint.names():
             name = self._names.get(key, key)
             if name not in self._weights and name not in rounded:

@@ -25,6 +25,11 @@ class Embeddings:
         """Those that have a weight of their own."""
         return (self.table,) if self.tied else (self.table, self.head)
 
+    @property
+    def weights(self) -> tuple[str, str]:
+        """The parameters of both, which may be one."""
+        return f"{self.table}.weight", f"{self.head}.weight"
+
 
 def find_embeddings(model: PreTrainedModel) -> Embeddings:
     """Its weights may be on meta. UnsupportedModelError for anything but a lookup and a linear."""

@@ -33,7 +33,11 @@ METRICS = {
     "measured_kl": measured_kl,
 }
 
+# Those whose costs are KL to the original in nats per token, and add up to a plan's.
+KL_METRICS = frozenset({"fisher", "augmented_hessian", "measured_kl"})
+
 __all__ = [
+    "KL_METRICS",
     "METRICS",
     "Measurement",
     "Metric",

@@ -290,26 +290,25 @@ def held_out_windows(made) -> Tensor:
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_the_size_is_known_beforehand(kind, made_of):
     made = made_of(kind)
-    opened = open_model(source_of(made), embedding_bits=8)
-    predicted = opened.other_bytes + made.bpw * opened.n_weights / 8
+    opened = open_model(source_of(made))
+    predicted = opened.other_bytes_with(8) + made.bpw * opened.n_weights / 8
     actual = sum(f.stat().st_size for f in made.folder.glob("*.safetensors"))
     assert made.size_bytes == actual <= predicted < actual + 12_000
-    whole = open_model(source_of(made))
-    assert opened.other_bytes < 0.6 * whole.other_bytes
+    assert opened.other_bytes_with(8) < 0.6 * opened.other_bytes
 
 
 def test_a_size_that_16_bits_do_not_reach(tmp_path):
     source = tiny_models.random_model("llama", tmp_path / "source")
-    opened = open_model(source, embedding_bits=8)
-    limit = opened.other_bytes + 4 * opened.n_weights // 8
-    assert limit < open_model(source).other_bytes
+    opened = open_model(source)
+    limit = opened.other_bytes_with(8) + 4 * opened.n_weights // 8
+    assert limit < opened.other_bytes
     with pytest.raises(lwquant.LwquantError, match="below the floor"):
-        lwquant.quantize(source, size=limit, output=tmp_path / "no", **FAST)
+        lwquant.quantize(source, size=limit, output=tmp_path / "no", embedding_bits=16, **FAST)
     made = lwquant.quantize(source, size=limit, output=tmp_path / "out", embedding_bits=8, **FAST)
     assert made.size_bytes <= limit and made.bpw > 2
     shown = json.loads((made.folder / "lwquant.json").read_text())
     assert shown["embedding_bits"] == 8
-    assert "embedding and head rounded to 8 bits" in inspect_folder(made.folder).record.notes
+    assert "embedding and head in 8 bits" in inspect_folder(made.folder).record.notes
     measured = lwquant.evaluate(
         made.folder, text=write(tmp_path, TEXTS[0]), reference=source, seq_len=32, windows=2
     )
