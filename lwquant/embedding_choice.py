@@ -177,8 +177,9 @@ def _with_best(
     found = {FLOAT_BITS: score_of(FLOAT_BITS, 0.0)}
     best, chosen = FLOAT_BITS, None
     floating = decoder.last_hidden(torch.cat([first, last]), progress)
-    stats, floating = head_stats(decoder, floating[: len(first)]), floating[len(first) :]
+    read, floating = floating[: len(first)], floating[len(first) :]
     try:
+        stats = head_stats(decoder, read)
         for bits in NARROWER:
             rounded = round_embeddings(decoder, bits, stats)
             quantized = decoder.last_hidden(last, progress, packed=True)

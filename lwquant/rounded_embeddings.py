@@ -54,12 +54,20 @@ def embedding_scheme(bits: int) -> QuantScheme:
 
 @torch.no_grad()
 def head_stats(decoder: Decoder, hidden: Tensor) -> LayerStats:
-    """Of what the head reads after a last block's output of (n_samples, seq_len, hidden)."""
+    """Of what the head reads after a last block's output of (n_samples, seq_len, hidden).
+
+    UnsupportedModelError where the model computes its logits without calling the head.
+    """
     accumulator = StatsAccumulator()
     head: Any = decoder.model.get_output_embeddings()
     for row in hidden:
         with catching_inputs({0: head}, stop=True) as caught:
             decoder.head(row[None])
+        if not caught:
+            raise UnsupportedModelError(
+                f"{type(decoder.model).__name__} does not call its head, so that embedding_bits "
+                "must be 16"
+            )
         accumulator.add(caught[0])
     return accumulator.result()
 
