@@ -6,8 +6,9 @@
     python benchmarks/gpu.py --parts products --shapes 8192x8192 --bits 3 4 --tokens 1 16
 
 --compile-only prints registers, spills, shared memory and tensor-core instructions of every kernel,
-and ends with status 1 where one breaks a rule: more than 128 registers (168 for multiply_many_32),
-anything spilled or in local memory, tensor cores where none are meant or none where they are.
+and ends with status 1 where one breaks a rule: more than 128 registers (168 for multiply_many_32,
+255 for multiply_many_64), anything spilled or in local memory, tensor cores where none are meant or
+none where they are.
 
 Without it all widths are checked against float64 products first, each in a process of its own; what
 is wrong is named, and times are those of the others. A time is the median of a CUDA graph's

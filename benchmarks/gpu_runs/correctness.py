@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "gpu.py"
 # One output, part tiles, part blocks, part groups; enough inputs that they are split 16 ways.
 SHAPES = ((1, 32), (16, 128), (33, 700), (70, 129), (264, 4100))  # outputs, inputs
 GROUPS = (32, 64, 128, WHOLE_ROW)
-TOKENS = (1, 2, 8, 9, 16, 17, 33, 64, 65)
+TOKENS = (1, 2, 8, 9, 16, 17, 33, 64, 65, 256, 257, 513)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SECONDS = 180  # that a process may take, most of them for three compilations
 PRINTED = 10  # failures of each

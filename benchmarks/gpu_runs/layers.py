@@ -75,7 +75,7 @@ def times_the_bound(layer: Layer, x: Tensor, bias: Tensor | None, activation_bit
     from the product with activations that were rounded, and of these, from the product itself.
     Infinite where outputs are NaN, or a second call's differ.
     """
-    few = len(x) <= most_tokens()
+    few = len(x) <= most_tokens(activation_bits)
     # What the allocator hands out next: an output that is not written stays NaN.
     torch.full((len(x), layer.out_features), torch.nan, dtype=x.dtype, device=x.device)
     got, again = (

@@ -11,12 +11,16 @@ enum Float : int32_t { kFloat32, kFloat16, kBfloat16 };
 
 constexpr int kWarp = 32;
 constexpr int kFewTokens = 1;    // up to which no tensor cores are used
-constexpr int kManyTokens = 64;  // up to which tensor cores multiply them
+// Up to which tensor cores multiply integers, by the bits of activations. By arithmetic, not yet by
+// measurement: where unpacking the weight and cuBLAS take as long as one int8 product, or two.
+constexpr int kManyTokens8 = 512, kManyTokens16 = 256;
 constexpr int kGroupTokens = 32;  // of them that a block of threads has
+constexpr int kWideTokens = 64;   // that it has where there are more
 constexpr int kColumns = 8;      // tokens of one tensor-core instruction
 constexpr int kChunkBlocks = 4;  // blocks of 32 inputs that a thread, or a warp, has under way
 constexpr int kMostFewWarps = 16;
 constexpr int kManyWarps = 4;  // of a block, each with a tile of its own
+constexpr int kWideWarps = 8;  // of one with kWideTokens
 constexpr int kQuantizeWarps = 4;
 constexpr int kDequantizeWarps = 4;
 constexpr int kAddThreads = 128;

@@ -97,7 +97,8 @@ class GpuLayer {
  private:
   gpu::Plan plan(const GpuKernels& kernels, int64_t n_tokens) const {
     require_kind(kernels);
-    require(n_tokens >= 1 && n_tokens <= gpu::kManyTokens, "kernels take 1..64 tokens");
+    const int64_t most = gpu::most_tokens(kernels.module.activation_bits);
+    require(n_tokens >= 1 && n_tokens <= most, "kernels take 1 to " + std::to_string(most) + " tokens");
     return gpu::make_plan(kernels.module, tiles_, n_tokens);
   }
   void require_kind(const GpuKernels& kernels) const {
@@ -150,7 +151,7 @@ void bind_gpu(nb::module_& m) {
   nb::class_<GpuRounding>(m, "GpuRounding")
       .def(nb::init<const nb::bytes&, int>())
       .def("round_block", &GpuRounding::round_block, Unlocked());
-  m.attr("GPU_TOKENS") = gpu::kManyTokens;
+  m.def("gpu_tokens", &gpu::most_tokens);
 }
 
 }  // namespace lwquant

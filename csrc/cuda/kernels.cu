@@ -9,15 +9,17 @@
   KERNEL void LAUNCHED_WITH(512, 1) multiply_few_##tokens(lwquant::gpu::Multiplying m) { \
     lwquant::gpu::multiply_few<LWQUANT_BITS, LWQUANT_PLANES, LWQUANT_SPAN, tokens>(m);   \
   }
-#define MANY(tokens, n_blocks)                                                                \
-  KERNEL void LAUNCHED_WITH(128, n_blocks) multiply_many_##tokens(lwquant::gpu::Multiplying m) { \
-    lwquant::gpu::multiply_many<LWQUANT_BITS, LWQUANT_PLANES, LWQUANT_SPAN, tokens>(m);         \
+#define MANY(tokens, warps, n_blocks)                                                          \
+  KERNEL void LAUNCHED_WITH(32 * warps, n_blocks)                                              \
+      multiply_many_##tokens(lwquant::gpu::Multiplying m) {                                    \
+    lwquant::gpu::multiply_many<LWQUANT_BITS, LWQUANT_PLANES, LWQUANT_SPAN, tokens, warps>(m); \
   }
 
 FEW(1)
-MANY(8, 4)
-MANY(16, 4)
-MANY(32, 3)  // with a fourth, wide codes spill
+MANY(8, 4, 4)
+MANY(16, 4, 4)
+MANY(32, 4, 3)  // with a fourth, wide codes spill
+MANY(64, 8, 1)
 
 #undef FEW
 #undef MANY

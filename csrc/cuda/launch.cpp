@@ -118,8 +118,16 @@ int count_at_a_time(const Module& module, Kernel kernel, int n_warps, int n_mult
 
 Kernel kernel_for(const Plan& plan) {
   if (!plan.many) return kMultiplyFew1;
-  if (plan.layout_tokens == 8) return kMultiplyMany8;
-  return plan.layout_tokens == 16 ? kMultiplyMany16 : kMultiplyMany32;
+  switch (plan.layout_tokens) {
+    case 8:
+      return kMultiplyMany8;
+    case 16:
+      return kMultiplyMany16;
+    case kGroupTokens:
+      return kMultiplyMany32;
+    default:
+      return kMultiplyMany64;
+  }
 }
 
 }  // namespace
@@ -140,11 +148,16 @@ const char* load_module(const Driver& driver, int device_index, const void* imag
     error = count_at_a_time(*out, kMultiplyFew1, kMostFewWarps >> size, n_multiprocessors,
                             &out->few_at_a_time[size]);
   }
-  for (const Kernel k : {kMultiplyMany8, kMultiplyMany16, kMultiplyMany32}) {
-    if (error) break;
-    error = count_at_a_time(*out, k, kManyWarps, n_multiprocessors, &out->many_at_a_time[k]);
+  for (int k = kMultiplyMany8; k <= kMultiplyMany64 && !error; ++k) {
+    const int n_warps = k == kMultiplyMany64 ? kWideWarps : kManyWarps;
+    error = count_at_a_time(*out, static_cast<Kernel>(k), n_warps, n_multiprocessors,
+                            &out->many_at_a_time[k]);
   }
   return text_of(driver, error, kRefused);
+}
+
+int64_t most_tokens(int activation_bits) {
+  return activation_bits == 8 ? kManyTokens8 : kManyTokens16;
 }
 
 bool fits_gpu(const Tiles& t) {
@@ -161,12 +174,14 @@ Plan make_plan(const Module& module, const Tiles& t, int64_t n_tokens) {
   plan.n_layouts = 1;
   plan.layout_tokens = static_cast<int>(n_tokens);
   if (plan.many) {
-    plan.layout_tokens = n_tokens <= 8 ? 8 : n_tokens <= 16 ? 16 : kGroupTokens;
-    plan.n_layouts = static_cast<int>(divided_up(n_tokens, kGroupTokens));
-    const int64_t blocks = plan.n_layouts * divided_up(t.n_tiles, kManyWarps);
+    const bool wide = n_tokens > kGroupTokens;
+    plan.layout_tokens = n_tokens <= 8 ? 8 : n_tokens <= 16 ? 16 : wide ? kWideTokens : kGroupTokens;
+    plan.n_layouts = static_cast<int>(divided_up(n_tokens, plan.layout_tokens));
+    plan.n_warps = wide ? kWideWarps : kManyWarps;
+    const int64_t blocks = plan.n_layouts * divided_up(t.n_tiles, plan.n_warps);
     plan.n_splits = splits(module.many_at_a_time[kernel_for(plan)], blocks, plan.n_chunks);
   } else {
-    plan.few_warps = few_warps(module, t.n_tiles, plan.n_chunks);
+    plan.n_warps = few_warps(module, t.n_tiles, plan.n_chunks);
   }
   const int64_t token_bytes = planes * kChunkBlocks * kBlockInputs + kChunkBlocks / span * 8;
   plan.layout_bytes = plan.n_chunks * plan.layout_tokens * token_bytes;
@@ -203,9 +218,9 @@ const char* multiply(const Module& module, const Tiles& t, const Plan& plan, con
   m.n_splits = plan.n_splits;
   m.parts = reinterpret_cast<float*>(call.workspace + plan.parts_offset);
   const Grid few = {t.n_tiles, 1, 1};
-  const Grid many = {plan.n_layouts, divided_up(t.n_tiles, kManyWarps), plan.n_splits};
-  const int n_warps = plan.many ? kManyWarps : plan.few_warps;
-  error = launch(module, kernel_for(plan), plan.many ? many : few, n_warps * kWarp, call.stream, m);
+  const Grid many = {plan.n_layouts, divided_up(t.n_tiles, plan.n_warps), plan.n_splits};
+  error = launch(module, kernel_for(plan), plan.many ? many : few, plan.n_warps * kWarp,
+                 call.stream, m);
   if (error || plan.n_splits == 1) return error;
   return launch(module, kAddParts, {divided_up(t.is.out_features, kAddThreads), call.n_tokens, 1},
                 kAddThreads, call.stream, m);

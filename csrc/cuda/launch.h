@@ -38,13 +38,14 @@ enum Kernel {
   kMultiplyMany8,
   kMultiplyMany16,
   kMultiplyMany32,
+  kMultiplyMany64,
   kAddParts,
   kDequantize,
   kKernels
 };
 constexpr const char* kKernelNames[kKernels] = {
     "quantize_few",     "quantize_many",    "multiply_few_1", "multiply_many_8",
-    "multiply_many_16", "multiply_many_32", "add_parts",      "dequantize"};
+    "multiply_many_16", "multiply_many_32", "multiply_many_64", "add_parts", "dequantize"};
 
 // Where code is loaded: the driver, and the context of one GPU that torch uses, too.
 struct Place {
@@ -68,7 +69,7 @@ struct Module {
 const char* load_module(const Driver&, int device_index, const void* image, int bits,
                         int activation_bits, int span_blocks, int n_multiprocessors, Module* out);
 
-// How up to kManyTokens tokens are multiplied. Follows from the layer, the number of tokens and the
+// How up to most_tokens() are multiplied. Follows from the layer, the number of tokens and the
 // kernels on this GPU, and says how much workspace is needed, for run() to use as it likes.
 struct Plan {
   bool many;          // by tensor cores
@@ -76,12 +77,13 @@ struct Plan {
   int n_layouts;
   int n_chunks;
   int n_splits;
-  int few_warps;
+  int n_warps;  // of a block: many share the inputs of one tile, or each has a tile of its own
   int64_t layout_bytes;
   int64_t parts_offset;
   int64_t workspace_bytes;
 };
 
+int64_t most_tokens(int activation_bits);
 bool fits_gpu(const Tiles&);  // whether its sizes fit the kernels' integers
 Plan make_plan(const Module&, const Tiles&, int64_t n_tokens);
 
@@ -90,7 +92,7 @@ struct Call {
   const uint8_t* tiles;  // with their header
   const void* x;
   Float x_type;
-  int64_t n_tokens;  // 1 .. kManyTokens
+  int64_t n_tokens;  // 1 .. most_tokens()
   const void* bias;  // or null
   Float bias_type;
   void* y;

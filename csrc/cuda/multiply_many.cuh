@@ -1,6 +1,7 @@
 // From 2 tokens on, on tensor cores: a block has 4 tiles, a warp each, a part of the inputs, and up to
-// 32 tokens: with more, blocks of the same tiles and other tokens run side by side, which costs
-// unpacking twice, but neither registers nor (the tiles are in the L2 cache) memory.
+// 32 tokens, or 8 tiles and 64 tokens, so that what is unpacked once, and what is fetched from the L2
+// cache, serves more products. With more tokens still, blocks of the same tiles and other tokens run
+// side by side, and find the tiles there.
 //
 // The warps share the activations, which are copied ahead to shared memory a chunk of 128 inputs at a
 // time. A thread (g = lane / 4, t = lane % 4) has rows g and g + 8 of block t of the chunk in
@@ -77,7 +78,7 @@ INLINE void read_values(const uint8_t* span, int lane, uint32_t (&values)[2 * SP
   }
 }
 
-template <int BITS, int PLANES, int SPAN, int TOKENS>
+template <int BITS, int PLANES, int SPAN, int TOKENS, int WARPS>
 INLINE void multiply_many(const Multiplying& m) {
   using Layout = ManyLayout<PLANES, SPAN>;
   constexpr int kChunkBytes = Layout::chunk_bytes(TOKENS);
@@ -87,20 +88,20 @@ INLINE void multiply_many(const Multiplying& m) {
   SHARED Stage stages[2];
   const DeviceTiles& w = m.w;
   const int lane = thread_index() % kWarp, g = lane / 4, t = lane % 4;
-  const int tile = block_y() * kManyWarps + thread_index() / kWarp;
+  const int tile = block_y() * WARPS + thread_index() / kWarp;
   // A warp without a tile works with its neighbours on the last one, and stores nothing.
   const uint8_t* own_tile = w.first + (tile < w.n_tiles ? tile : w.n_tiles - 1) * w.tile_bytes;
   const uint32_t windows[2] = {load_window(w, own_tile, g), load_window(w, own_tile, g + 8)};
   const int n_chunks = (w.n_blocks + kChunkBlocks - 1) / kChunkBlocks;
   const int first = n_chunks * block_z() / m.n_splits;
   const int last = n_chunks * (block_z() + 1) / m.n_splits;
-  const uint8_t* rounded = m.rounded + block_x() * n_chunks * kChunkBytes;
+  const uint8_t* rounded = m.rounded + static_cast<int64_t>(block_x()) * n_chunks * kChunkBytes;
 
   const auto copy = [&](int chunk) {
     const uint8_t* from = rounded + chunk * kChunkBytes;
     uint8_t* to = stages[chunk % 2].bytes;
 #pragma unroll 1
-    for (int i = thread_index() * 16; i < kChunkBytes; i += kManyWarps * kWarp * 16) {
+    for (int i = thread_index() * 16; i < kChunkBytes; i += WARPS * kWarp * 16) {
       start_copy(to + i, from + i);
     }
   };

@@ -17,7 +17,7 @@ INLINE void quantize(const Quantizing& q, const Layout& layout) {
   const int own = block_y();  // among those of a layout
   const int span = block_x() * kQuantizeWarps + thread_index() / kWarp;
   if (span >= q.n_spans) return;
-  uint8_t* rounded = q.rounded + block_z() * q.layout_bytes;
+  uint8_t* rounded = q.rounded + static_cast<int64_t>(block_z()) * q.layout_bytes;
   float x[SPAN];
   uint32_t largest = 0;  // without the sign, floats order as integers, NaN above infinity
   for (int b = 0; b < SPAN; ++b) {

@@ -64,13 +64,15 @@ struct Gpu {
 
 // Whether all blocks run at a time, and would not if there were twice as many warps or one split
 // more; as far as a block may be that small and a split that short.
-void check_plan(const Layer& l, const Gpu& gpu, const Tiles& tiles, const Plan& plan) {
+void check_plan(const Layer& l, const Gpu& gpu, const Tiles& tiles, int64_t n_tokens,
+                const Plan& plan) {
   const int64_t warps = int64_t{emulated_modules::kResidentThreads / kWarp} * gpu.n_multiprocessors;
   const int64_t n_tiles = tiles.n_tiles;
   if (plan.many) {
-    const int64_t blocks = plan.n_layouts * ((n_tiles + kManyWarps - 1) / kManyWarps);
-    const bool fits = blocks * plan.n_splits * kManyWarps <= warps;
-    const bool more_would = blocks * (plan.n_splits + 1) * kManyWarps <= warps;
+    const int own = n_tokens > 32 ? 8 : 4;  // tiles and warps of a block
+    const int64_t blocks = plan.n_layouts * ((n_tiles + own - 1) / own);
+    const bool fits = blocks * plan.n_splits * own <= warps;
+    const bool more_would = blocks * (plan.n_splits + 1) * own <= warps;
     const bool may_be_more = plan.n_splits < kMostSplits && plan.n_splits < plan.n_chunks;
     if ((!fits && plan.n_splits > 1) || (more_would && may_be_more)) fail(l.is, "splits are off");
     return;
@@ -80,9 +82,9 @@ void check_plan(const Layer& l, const Gpu& gpu, const Tiles& tiles, const Plan& 
     return n_tiles <= int64_t{each} * gpu.n_multiprocessors;
   };
   const int most = std::min(kMostFewWarps, (plan.n_chunks + 1) / 2);
-  const bool fewest = plan.few_warps <= kMostFewWarps >> (kFewSizes - 1);
-  if (!fit(plan.few_warps) && !fewest) fail(l.is, "blocks of one token are too large");
-  if (plan.few_warps < most && fit(2 * plan.few_warps)) fail(l.is, "blocks of one token are too small");
+  const bool fewest = plan.n_warps <= kMostFewWarps >> (kFewSizes - 1);
+  if (!fit(plan.n_warps) && !fewest) fail(l.is, "blocks of one token are too large");
+  if (plan.n_warps < most && fit(2 * plan.n_warps)) fail(l.is, "blocks of one token are too small");
 }
 
 // One call, in the one order of threads.
@@ -90,7 +92,7 @@ void run(const Layer& l, const OwnTiles& own, const Gpu& gpu, const Numbers& x, 
          const Numbers& bias, emulated::Order order, Numbers& y) {
   emulated::machine().order = order;
   const Plan plan = make_plan(gpu.module, own.tiles, n_tokens);
-  check_plan(l, gpu, own.tiles, plan);
+  check_plan(l, gpu, own.tiles, n_tokens, plan);
   const DeviceBytes workspace(plan.workspace_bytes);
   const Call call = {own.data.get(), x.get(),  x.type, n_tokens,        bias.get(),
                      bias.type,      y.get(), y.type, workspace.get(), nullptr};
@@ -243,13 +245,13 @@ void check(const Case& c, int span, int64_t number, Random& random) {
     fail(c, error);
   }
   // One of those that each kernel takes; the others in other cases.
-  const int64_t many[] = {2, 3, 8, 9, 16}, most[] = {17, 33, 64};
+  const int64_t many[] = {2, 3, 8, 9, 16}, most[] = {17, 33, 64, 65, 130};
   const auto check_with = [&](int64_t n_tokens) {
     check_product(l, own, gpu, n_tokens, static_cast<Float>(random.below(3)), random);
   };
   check_with(1);
   const bool small = c.out_features * c.in_features < 10000;
-  check_with(small && number % 2 ? most[random.below(3)] : many[random.below(5)]);
+  check_with(small && number % 2 ? most[random.below(5)] : many[random.below(5)]);
   if (small) check_not_finite(l, own, gpu, 1 + random.below(4), random);
   for (const Float type : {kFloat32, kFloat16, kBfloat16}) check_weight(l, own, gpu, type, random);
   driver.get_context(&after);

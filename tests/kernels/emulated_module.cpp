@@ -21,6 +21,7 @@ namespace {
     {"multiply_many_8", run<gpu::Multiplying, multiply_many_8>},              \
     {"multiply_many_16", run<gpu::Multiplying, multiply_many_16>},            \
     {"multiply_many_32", run<gpu::Multiplying, multiply_many_32>},            \
+    {"multiply_many_64", run<gpu::Multiplying, multiply_many_64>},            \
     {"add_parts", run<gpu::Multiplying, add_parts>},                          \
     {"dequantize", run<gpu::Dequantizing, dequantize>}}}
 

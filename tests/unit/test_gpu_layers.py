@@ -19,7 +19,7 @@ from test_quantized_linear import random_weight
 from lwquant import ops
 from lwquant.errors import LwquantError
 from lwquant.nn.linear import QuantizedLinear
-from lwquant.ops.cuda import device, nvrtc, tiled
+from lwquant.ops.cuda import device, driver, nvrtc, tiled
 from lwquant.scheme import QuantScheme
 
 SCRIPT = """
@@ -56,15 +56,16 @@ with fake:
         layer = random_layer(40, 1000, 3, group_size, bias=True, fine=group_size == 64)
         tiles = layer.tiles
         weight = tiled.dequantize(tiles, 40, 1000)
-        for n in (1, 2, 9, 40, 65):
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        most = {8: 512, 16: 256}[activation_bits]
+        for n in (1, 2, 9, 40, 65, most, most + 1):
+            for dtype in (torch.float32, torch.float16, torch.bfloat16)[: 1 if n == most else 3]:
                 x = random_inputs(n, 1000).to(dtype)
                 got = tiled.linear(x, tiles, layer.bias, 40, activation_bits)
                 assert got.dtype == dtype and got.shape == (n, 40)
                 exact, error = layer.oracle(x, activation_bits)
                 unit = torch.finfo(dtype).eps / 2
                 error += exact.abs() * unit
-                if n > 64:  # then the weight is rounded, and sums are of the dtype's product
+                if n > most:  # then the weight is rounded, and sums are of the dtype's product
                     error += (unit + 1000 * 2.0**-24) * (x.double().abs() @ weight.double().abs().T)
                 worst = ((got.double() - exact).abs() / error).max().item()
                 assert worst <= 1, (group_size, n, dtype, worst)
@@ -95,7 +96,7 @@ with fake:
             raise SystemExit("an error was taken for success")
         except RuntimeError as error:
             assert words in str(error)
-    x = random_inputs(65, 1000)
+    x = random_inputs(257, 1000)
     apart = tiled.linear(x, layer.tiles, None, 40, 16)
     with torch.autocast("cpu"):
         assert torch.equal(tiled.linear(x, layer.tiles, None, 40, 16), apart)
@@ -257,10 +258,11 @@ def test_products_on_a_gpu_are_within_their_bound(bits, activation_bits):
     tiles, bias = layer.tiles.cuda(), layer.bias.cuda()
     weight = ops.dequantize_tiled(tiles, 70, 700)
     assert torch.equal(weight.cpu(), ops.dequantize_tiled(layer.tiles, 70, 700))
-    for n in (1, 2, 8, 9, 17, 33, 65):
+    most = driver.most_tokens(activation_bits)
+    for n in (1, 2, 8, 9, 17, 33, 65, most, most + 1):
         x = random_inputs(n, 700)
         exact, error = layer.oracle(x, activation_bits)
-        if n > 64:  # cuBLAS has the weight and x themselves
+        if n > most:  # cuBLAS has the weight and x themselves
             error += 2**-24 * 702 * (x.double().abs() @ weight.cpu().double().abs().T)
         got = tiled.linear(x.cuda(), tiles, bias, 70, activation_bits)
         assert ((got.cpu().double() - exact).abs() <= error).all()
@@ -268,7 +270,7 @@ def test_products_on_a_gpu_are_within_their_bound(bits, activation_bits):
 
 @needs_gpu
 @torch.no_grad()
-@pytest.mark.parametrize("n_tokens", [1, 8, 65])
+@pytest.mark.parametrize("n_tokens", [1, 8, 65, 257])
 def test_a_graph_computes_what_calls_do_and_keeps_its_tiles(n_tokens):
     weight = random_weight(QuantScheme(4, 64), 256, 512)
     layer = QuantizedLinear.from_weight(weight, torch.randn(256)).cuda()

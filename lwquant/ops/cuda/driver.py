@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
     from lwquant.ops.cuda.nvrtc import KernelKind
 
 
-def most_tokens() -> int:
+@functools.cache
+def most_tokens(activation_bits: int) -> int:
     """How many tokens the kernels take at a time."""
-    return extension().GPU_TOKENS  # type: ignore[no-any-return]
+    return extension().gpu_tokens(activation_bits)  # type: ignore[no-any-return]
 
 
 def layer(header: bytes, tiles: Tensor, out_features: int, in_features: int) -> GpuLayer:

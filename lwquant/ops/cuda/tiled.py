@@ -71,14 +71,14 @@ def linear(
 ) -> Tensor:
     """x (..., in_features) → (..., out_features) in the dtype of x; all on one GPU.
 
-    Up to 64 tokens as lwquant.ops.native.TiledLinear says, apart from rounding to the dtype of x; a
-    token that holds NaN or infinity gets NaN for all its outputs. With more tokens the weight is
-    rounded to the dtype of x instead of the activations to integers.
+    Up to driver.most_tokens() as lwquant.ops.native.TiledLinear says, apart from rounding to the
+    dtype of x; a token that holds NaN or infinity gets NaN for all its outputs. With more tokens
+    the weight is rounded to the dtype of x instead of the activations to integers.
     """
     in_features = x.shape[-1]
     on_gpu = on_gpu_of(tiles, out_features, in_features)
     n_tokens = x.numel() // in_features
-    if n_tokens > driver.most_tokens():
+    if n_tokens > driver.most_tokens(activation_bits):
         kernels = on_gpu.kernels(activation_bits)
         weight = _weight(on_gpu, kernels, tiles, (out_features, in_features), x.dtype)
         with torch.autocast(x.device.type, enabled=False):  # it would take another dtype
