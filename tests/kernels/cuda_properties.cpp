@@ -265,7 +265,7 @@ int main(int n_arguments, char** arguments) {
   const int only = n_arguments > 1 ? atoi(arguments[1]) : 0;
   Random random{1};
   int64_t number = 0;
-  const int64_t shapes[][2] = {{1, 1}, {16, 32}, {33, 700}, {70, 129}, {64, 320}, {5, 576}};
+  const int64_t shapes[][2] = {{1, 1}, {16, 32}, {33, 700}, {70, 129}, {64, 320}, {5, 576}, {210, 40}};
   for (int bits = 2; bits <= 8; ++bits) {
     if (only && bits != only) continue;
     for (const int span : emulated_modules::kSpans) {

@@ -52,6 +52,12 @@ fake = mock.patch.multiple(
     multiprocessors=lambda _: 3,
 )
 with fake:
+    layer = random_layer(210, 200, 3, 64, bias=True)  # more tiles than a block has warps
+    for n in (9, 33, 70):
+        x = random_inputs(n, 200)
+        exact, error = layer.oracle(x, 8)
+        got = tiled.linear(x, layer.tiles, layer.bias, 210, 8)
+        assert ((got.double() - exact).abs() <= error).all(), n
     for group_size, activation_bits in ((32, 16), (64, 8), (128, 16), (1000, 16)):
         layer = random_layer(40, 1000, 3, group_size, bias=True, fine=group_size == 64)
         tiles = layer.tiles
