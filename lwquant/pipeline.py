@@ -112,7 +112,8 @@ def quantize(
         model: folder with safetensors, a .gguf file, or a Hub id.
         bpw, size, max_kl: the budget, exactly one of them (none with `plan`): true stored bits per
             weight of the linears; size of all weight files ("80MB"); largest mean KL in nats to
-            the original on held-out windows of the calibration texts.
+            the original on held-out windows of the calibration texts. Within a size or a KL
+            embedding and head get what bits serve it best, see embedding_choice.py.
         output: folder to make; it must not exist, or be empty.
         plan, report: a result of an earlier stage, perhaps edited, which is then not made again.
         recipe: name or .toml file of the remaining settings; see Recipe.
