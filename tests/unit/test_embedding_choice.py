@@ -232,7 +232,7 @@ def test_the_fewest_bytes_are_predicted_from_what_rounding_leaves(tiny_folder, r
     limit = 0.04
     opened = open_model(tiny_folder)
     chosen = rounded_for_loss(opened, report, RECIPE, limit, windows)
-    steps = torch.linspace(2.6, 15.9, 400).tolist()
+    steps = torch.linspace(2.6, 8, 200).tolist()
     plans = [plan_report(report, bpw, recipe=RECIPE) for bpw in steps]
     needed = {}
     for bits in (16, *NARROWER):

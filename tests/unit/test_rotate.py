@@ -307,7 +307,8 @@ def test_the_run_is_recorded_with_the_bytes_of_the_untied_head(made, tiny_folder
 
 
 def test_a_size_budget_counts_the_untied_head(tiny_folder, text, tmp_path):
-    arguments = {"recipe": SMALL, "calibration": str(text), "size": "0.75MB", **QUIET}
+    settings = {"size": "0.75MB", "embedding_bits": 16}
+    arguments = {"recipe": SMALL, "calibration": str(text), **settings, **QUIET}
     plain = lwquant.quantize(tiny_folder, output=tmp_path / "a", **arguments)
     turned = lwquant.quantize(tiny_folder, output=tmp_path / "b", transform="rotate", **arguments)
     assert turned.size_bytes <= 750_000 and turned.bpw < plain.bpw - 1
