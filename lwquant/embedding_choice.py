@@ -100,23 +100,32 @@ def with_embeddings(
     )
 
 
-def rounded_for_size(
+def with_best_embeddings(
     opened: OpenModel,
     report: SensitivityReport,
     recipe: Recipe,
-    size: str | int,
     tokens: Tensor,
     progress: Progress = silent,
+    *,
+    size: str | int | None = None,
+    max_kl: float | None = None,
 ) -> OpenModel:
-    """The model with embedding and head in the bits of least predicted KL within `size`.
+    """The model with embedding and head in the bits that serve its budget best.
 
-    The choice is among its notes. Where the recipe says how many bits they get, nothing changes.
+    Within `size` these are the bits of least predicted KL; below `max_kl` those of the fewest bytes
+    that are predicted to keep it. The choice is among its notes. Nothing changes where the budget
+    is another, or the recipe says how many bits they get.
 
     Args:
         tokens: as for with_embeddings().
     """
+    if recipe.embedding_bits or (size is None and max_kl is None):
+        return opened
+    problem = problem_for(report, recipe)
+    floor, ceiling = (bits / problem.n_weights for bits in problem.bounds())
 
     def predicted_kl(bits: int, own: float) -> float:
+        assert size is not None
         try:
             target = target_within(opened, report, recipe, size, bits)
             plan = plan_report(report, target, recipe=recipe)
@@ -124,24 +133,8 @@ def rounded_for_size(
             return inf
         return own + sum(plan.costs.values())
 
-    if recipe.embedding_bits:
-        return opened
-    return _with_best(opened, report, predicted_kl, "predicted KL {:.4g}", tokens, progress)
-
-
-def rounded_for_loss(
-    opened: OpenModel,
-    report: SensitivityReport,
-    recipe: Recipe,
-    max_kl: float,
-    tokens: Tensor,
-    progress: Progress = silent,
-) -> OpenModel:
-    """As rounded_for_size(): the fewest bytes that are predicted to keep the KL below `max_kl`."""
-    problem = problem_for(report, recipe)
-    floor, ceiling = (bits / problem.n_weights for bits in problem.bounds())
-
     def megabytes_needed(bits: int, own: float) -> float:
+        assert max_kl is not None
         if own >= max_kl:
             return inf
         bpw = where_predicted(
@@ -149,8 +142,8 @@ def rounded_for_loss(
         )
         return (opened.other_bytes_with(bits) + bpw * problem.n_weights / 8) / 1e6
 
-    if recipe.embedding_bits:
-        return opened
+    if size is not None:
+        return _with_best(opened, report, predicted_kl, "predicted KL {:.4g}", tokens, progress)
     return _with_best(opened, report, megabytes_needed, "predicted {:.4g} MB", tokens, progress)
 
 

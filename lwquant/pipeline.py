@@ -18,9 +18,8 @@ from lwquant.allocators.plan import read_plan, write_plan
 from lwquant.embedding_choice import (
     check_embeddings,
     check_size,
-    rounded_for_loss,
-    rounded_for_size,
     target_within,
+    with_best_embeddings,
     with_embeddings,
 )
 from lwquant.errors import BudgetError, PlanError
@@ -160,10 +159,9 @@ def quantize(
         if given is None:
             if known is None:
                 known = measure(opened, windows.calibration, chosen, progress)
-            if size is not None:
-                opened = rounded_for_size(opened, known, chosen, size, tokens, progress)
-            elif max_kl is not None:
-                opened = rounded_for_loss(opened, known, chosen, max_kl, tokens, progress)
+            opened = with_best_embeddings(
+                opened, known, chosen, tokens, progress, size=size, max_kl=max_kl
+            )
             target = bpw if size is None else target_within(opened, known, chosen, size)
             plan_at = partial(plan_report, known, recipe=chosen)
             if target is not None and chosen.remeasure:

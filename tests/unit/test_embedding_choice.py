@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import lwquant
 from lwquant import embedding_choice
-from lwquant.embedding_choice import NARROWER, STATISTICS, WINDOWS, rounded_for_loss
+from lwquant.embedding_choice import NARROWER, STATISTICS, WINDOWS, with_best_embeddings
 from lwquant.errors import BudgetError, UnsupportedModelError
 from lwquant.export.record import read_run
 from lwquant.model.embeddings import find_embeddings
@@ -231,7 +231,7 @@ def test_a_limit_on_the_kl_is_kept_with_fewer_bytes(tiny_folder, english, report
 def test_the_fewest_bytes_are_predicted_from_what_rounding_leaves(tiny_folder, report, windows):
     limit = 0.04
     opened = open_model(tiny_folder)
-    chosen = rounded_for_loss(opened, report, RECIPE, limit, windows)
+    chosen = with_best_embeddings(opened, report, RECIPE, windows, max_kl=limit)
     steps = torch.linspace(2.6, 8, 200).tolist()
     plans = [plan_report(report, bpw, recipe=RECIPE) for bpw in steps]
     needed = {}
