@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lwquant.ops.cuda.nvrtc import KernelKind, Kind, compile_kernels
+from lwquant.ops.cuda.nvrtc import CompiledKernels, KernelKind, Kind, compile_kernels
 from lwquant.scheme import WIDTHS
 
+VERBOSE = ("--ptxas-options=-v",)
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 LAYER_KINDS = tuple(
     KernelKind(bits, activation_bits, span)
@@ -62,7 +63,11 @@ class KernelCode:
 
 def compiled_kernels(kind: Kind, architecture: str) -> list[KernelCode]:
     """All kernels of a kind, as they are compiled for users."""
-    found = compile_kernels(kind, architecture, ("--ptxas-options=-v",))
+    return kernels_of(compile_kernels(kind, architecture, VERBOSE), kind, architecture)
+
+
+def kernels_of(found: CompiledKernels, kind: Kind, architecture: str) -> list[KernelCode]:
+    """What there is to say of kernels that were compiled with VERBOSE."""
     resources = read_resources(found.log)
     opcodes = read_opcodes(disassembled(found.code))
     n_kernels = N_KERNELS[kind.source]

@@ -28,9 +28,9 @@ import sys
 from unittest import mock
 
 sys.path += sys.argv[1:]
+from run_ptx import check_rounding
 from test_ops_linear import random_inputs, random_layer
 import torch
-from lwquant.ops import rounding as loops
 from lwquant.ops.cuda import driver, nvrtc, rounding, tiled
 
 
@@ -135,21 +135,7 @@ on_gpu = mock.patch.multiple(
     stream=lambda _: 0,
 )
 with on_gpu:
-    for n_rows, n_columns, base in ((33, 300, False), (64, 128, True)):
-        shape = n_columns, n_rows
-        targets, scales = torch.randn(shape), torch.rand(shape) / 4 + 0.1
-        zeros = torch.randint(0, 8, shape).float()
-        feedback = torch.randn(n_columns, n_columns).mT / 50
-        start = targets + torch.randn(shape) / 10 if base else None
-        by = {}
-        for loop in (loops.round_block_torch, rounding.round_block):
-            by[loop] = targets.clone()
-            with mock.patch.object(loops, "_block_loop", lambda *_: loop):
-                loops.round_columns(by[loop], feedback, scales, zeros, 7, start)
-        plain, by_kernel = by.values()
-        assert by_kernel.isfinite().all() and not torch.equal(plain, targets)
-        # A sum within rounding of the middle of a step may go either way, and what follows with it.
-        assert ((plain - by_kernel).abs() < 1e-5).float().mean() > 0.98
+    check_rounding()
 print("done")
 """
 
@@ -158,7 +144,8 @@ print("done")
 def test_layers_are_within_their_bound_from_python_to_the_kernels_and_back(tmp_path):
     built(tmp_path, "cuda", "-DCMAKE_CXX_FLAGS=-O1")
     environment = dict(os.environ, LD_LIBRARY_PATH=str(tmp_path), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent)]
+    folder = Path(__file__).parent
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(folder.parent)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout == "done\n", done.stderr
 
@@ -230,7 +217,7 @@ def test_a_compiled_kind_is_read_from_the_cache_until_sources_change(monkeypatch
 
     def compile_once(kind, architecture):
         calls.append((kind, architecture))
-        return nvrtc.CompiledKernels(cache.ELF + b"code", "")
+        return nvrtc.CompiledKernels(cache.ELF + b"code", "", "")
 
     monkeypatch.setattr(cache, "compile_kernels", compile_once)
     kind = nvrtc.KernelKind(4, 16, 4)

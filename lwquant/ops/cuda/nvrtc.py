@@ -81,10 +81,11 @@ class RoundingKind:
 
 @dataclass(frozen=True)
 class CompiledKernels:
-    """Machine code of one kind for one architecture, and what the compiler said."""
+    """Machine code of one kind for one architecture, and what it was made of and with."""
 
     code: bytes
-    log: str
+    ptx: str  # the assembly in between
+    log: str  # what the compiler said
 
 
 def options(kind: Kind, architecture: str) -> tuple[str, ...]:
@@ -126,7 +127,8 @@ def compile_kernels(
             raise LwquantError(
                 f"NVRTC cannot compile kernels of {kind.label} for {architecture}:\n{log}"
             )
-        return CompiledKernels(_read(program, "CUBIN"), log)
+        ptx = _read(program, "PTX").decode().strip("\0")
+        return CompiledKernels(_read(program, "CUBIN"), ptx, log)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
