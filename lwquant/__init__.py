@@ -12,6 +12,7 @@ _register()
 from lwquant.budget_sweep import sweep  # noqa: E402
 from lwquant.errors import LwquantError  # noqa: E402
 from lwquant.evaluation import evaluate, evaluate_tasks  # noqa: E402
+from lwquant.export.convert import convert  # noqa: E402
 from lwquant.export.hub import push_to_hub  # noqa: E402
 from lwquant.nn.packed import compile_kernels, set_activation_bits  # noqa: E402
 from lwquant.pipeline import Result, quantize  # noqa: E402
@@ -28,6 +29,7 @@ __all__ = [
     "Recipe",
     "Result",
     "compile_kernels",
+    "convert",
     "evaluate",
     "evaluate_tasks",
     "load_recipe",

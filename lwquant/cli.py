@@ -410,6 +410,22 @@ def inspect(
 
 
 @app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="Folder made by `lwquant quantize`.")],
+    output: Output,
+    to: Annotated[str, typer.Option(help="mlx, gptq or compressed-tensors.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a result in the format of another engine."""
+    done = lwquant.convert(folder, output, to=to, overwrite=overwrite, progress=StderrProgress())
+    if as_json:
+        _print_json({**asdict(done), "path": str(done.path)})
+    else:
+        tables.print_conversion(done)
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder made by `lwquant quantize`.")],
     repo_id: Annotated[str, typer.Argument(help="user/name on the Hub.")],

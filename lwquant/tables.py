@@ -15,6 +15,7 @@ from lwquant.types import BitPlan, SensitivityReport
 if TYPE_CHECKING:  # these modules import what draws the tables
     from lwquant.evaluation.evaluate import Evaluation
     from lwquant.evaluation.evaluate_tasks import TaskEvaluation
+    from lwquant.export.convert import Conversion
     from lwquant.export.record import LinearRecord
     from lwquant.inspection import Inspection
     from lwquant.measured_plans import MeasuredPlan
@@ -52,6 +53,13 @@ def print_result(result: Result) -> None:
     print(f"measured on {quality.tokens} held-out tokens of the calibration text")
     print_widths({name: scheme.bits for name, scheme in result.plan.schemes.items()})
     for note in result.notes:
+        print(f"note: {note}")
+
+
+def print_conversion(done: Conversion) -> None:
+    size = f"{done.size_bytes / 1e6:.1f}"
+    table(f"{done.path}", ["", "bits/weight", "MB"], [["converted", f"{done.bpw:.3f}", size]])
+    for note in done.notes:
         print(f"note: {note}")
 
 

@@ -14,12 +14,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lwquant.errors import OutputError
+from lwquant.export.dialects import DIALECTS
+from lwquant.export.format import QUANT_METHOD
 from lwquant.export.public import is_hub_id, mask, mask_path
 from lwquant.export.record import EvaluationRecord, LinearRecord, RunRecord
 from lwquant.scheme import FLOAT_BITS
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
 MEGABYTE = 10**6
+OWN_USAGE = """import lwquant  # lets transformers read the packed weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 BAR_WIDTH = 40  # characters of the longest bar of the histogram
 
 
@@ -38,17 +45,20 @@ def model_card(
         repo_id: where the card will lie, for the lines that load the model.
         license: what the base model's card states under LICENSE_KEYS, None where it states none.
 
-    Raises OutputError for a record that names no linear: there is nothing to tell.
+    Raises OutputError for a record that names no linear, as there is nothing to tell, or a format
+    that nothing is known of.
     """
     if not record.linears:
         raise OutputError("the run record names no linear, so there is nothing to put on a card")
+    if record.format not in (QUANT_METHOD, *DIALECTS):
+        raise OutputError(f"the run record says format {record.format!r}, which is not known")
     sections = [
         _front_matter(record, license or {}),
         f"# {repo_id.rsplit('/', 1)[-1]}",
         _introduction(record),
         "## Original and quantized\n\n" + _comparison(record, evaluation),
         "## Where the bits are\n\n" + _roles(record.linears) + "\n\n" + _histogram(record.linears),
-        "## Use\n\n" + _usage(repo_id),
+        "## Use\n\n" + _usage(repo_id, record.format),
         "## How it was made\n\n" + _making(record),
         "## Files\n\n" + _table(("file", "bytes"), ((f"`{n}`", f"{files[n]:,}") for n in files)),
     ]
@@ -74,10 +84,13 @@ def _front_matter(record: RunRecord, license: Mapping[str, Any]) -> str:
     if is_hub_id(record.base_model):
         entries["base_model"] = record.base_model
         entries["base_model_relation"] = "quantized"
-    entries["library_name"] = "transformers"
+    own = record.format == QUANT_METHOD
+    entries["library_name"] = "transformers" if own else DIALECTS[record.format].library
     entries["pipeline_tag"] = "text-generation"
     entries.update(license)
     entries["tags"] = ["lwquant", "quantized", "mixed-precision"]
+    if not own:
+        entries["tags"].append(record.format)
     # JSON values are YAML values, and quoted ones need no further care.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
     return "\n".join(["---", *lines, "---"])
@@ -166,17 +179,14 @@ def _histogram(linears: Mapping[str, LinearRecord]) -> str:
     return _fenced("\n".join(lines))
 
 
-def _usage(repo_id: str) -> str:
+def _usage(repo_id: str, format: str) -> str:
+    install, usage = "lwquant", OWN_USAGE
+    if format != QUANT_METHOD:
+        install, usage = DIALECTS[format].install, DIALECTS[format].usage
     return "\n\n".join(
         [
-            _fenced("pip install lwquant", "sh"),
-            _fenced(
-                "import lwquant  # lets transformers read the packed weights\n"
-                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-                f'model = AutoModelForCausalLM.from_pretrained("{repo_id}")\n'
-                f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
-                "python",
-            ),
+            _fenced(f"pip install {install}", "sh"),
+            _fenced(usage.format(name=repo_id), "python"),
         ]
     )
 

@@ -28,6 +28,7 @@ from huggingface_hub.utils import (
 
 from lwquant.errors import OutputError
 from lwquant.export.card import license_of, model_card
+from lwquant.export.dialects import DIALECTS
 from lwquant.export.folder import MANIFEST, verify
 from lwquant.export.format import QUANT_METHOD
 from lwquant.export.public import is_hub_id, public_files, public_manifest
@@ -113,7 +114,7 @@ def published(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     files = public_files(folder)
     if evaluation is not None and EVALUATION_FILE not in files:
         raise OutputError(f"{folder / EVALUATION_FILE}: is not in {MANIFEST}")
-    _check_config(folder, files)
+    _check_config(folder, files, record.format)
     files.pop(CARD, None)  # of an earlier push; it is made anew
     sizes = {name: _n_bytes(content) for name, content in files.items()}
     card = model_card(
@@ -143,7 +144,7 @@ def _token(token: str | None) -> str:
     return token
 
 
-def _check_config(folder: Path, files: Files) -> None:
+def _check_config(folder: Path, files: Files, format: str) -> None:
     path = folder / "config.json"
     content = files.get("config.json")
     if not isinstance(content, bytes):
@@ -153,9 +154,10 @@ def _check_config(folder: Path, files: Files) -> None:
     except ValueError as error:
         raise OutputError(f"{path}: is not JSON: {error}") from error
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+    method = QUANT_METHOD if format == QUANT_METHOD else DIALECTS[format].quant_method
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != method:
         raise OutputError(
-            f"{path}: has no quantization_config with quant_method {QUANT_METHOD!r}, so nobody "
+            f"{path}: has no quantization_config with quant_method {method!r}, so nobody "
             "could load these weights"
         )
 

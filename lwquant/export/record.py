@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lwquant.errors import OutputError
+from lwquant.export.format import QUANT_METHOD
 from lwquant.scheme import QuantScheme
 
 RUN_FILE = "lwquant.json"
@@ -59,6 +60,7 @@ class RunRecord:
     size_bytes: int
     original_size_bytes: int
     linears: Mapping[str, LinearRecord]
+    format: str = QUANT_METHOD  # or one of export/dialects
     correction: Mapping[str, Any] | None = None
     transform: Mapping[str, Any] | None = None  # None where the model was quantized as it is
     embedding_bits: int | None = None  # of embedding and head, None where they are as they were
@@ -108,6 +110,7 @@ class RunRecord:
             size_bytes=keys.get("size_bytes", _integer),
             original_size_bytes=keys.get("original_size_bytes", _integer),
             linears=linears,
+            format=keys.optional("format", _string) or QUANT_METHOD,
             correction=keys.optional("correction", _mapping),
             transform=keys.optional("transform", _mapping),
             embedding_bits=keys.optional("embedding_bits", _integer),

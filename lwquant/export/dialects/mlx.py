@@ -1,0 +1,58 @@
+"""MLX's affine format, for mlx-lm: w = scale · code + bias, any of six widths per module.
+
+Codes lie in MLX as they do here, a little-endian stream per row, so they stay as they are. A bias
+is −scale · zero, rounded to 16 bits like the scale itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwquant.export.dialects.dialect import StoredLinear, commonest, in_16_bits, why_not_plain
+from lwquant.scheme import QuantScheme
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+class Mlx:
+    quant_method = None  # mlx-lm asks for none
+    rounded_embeddings = True
+    library = "mlx"
+    install = "mlx-lm"
+    usage = 'from mlx_lm import load\n\nmodel, tokenizer = load("{name}")'
+
+    def why_not(self, scheme: QuantScheme, out_features: int, in_features: int) -> str | None:
+        if scheme.bits not in WIDTHS:
+            return f"there are {', '.join(map(str, WIDTHS))} bits, not {scheme.bits}"
+        if scheme.group_size not in GROUP_SIZES:
+            return f"groups have {', '.join(map(str, GROUP_SIZES))} inputs"
+        return why_not_plain(scheme, in_features)
+
+    def tensors(
+        self, name: str, linear: StoredLinear, dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
+        stored = in_16_bits(dtype)
+        scales = linear.scales.to(stored)
+        yield f"{name}.weight", linear.qweight.view(torch.uint32)
+        yield f"{name}.scales", scales
+        # Of the scales as they are stored, so that zero stays at zero.
+        yield f"{name}.biases", (-scales.float() * linear.zero_points()).to(stored)
+
+    def config(self, schemes: Mapping[str, QuantScheme], head: str) -> dict[str, Any]:
+        usual = commonest(schemes.values())
+        quantization: dict[str, Any] = {**_entry(usual), "mode": "affine"}
+        for name, scheme in schemes.items():
+            quantization[name] = False if scheme.is_float else _entry(scheme)
+        return {"quantization": quantization, "quantization_config": quantization}
+
+    def notes(self, schemes: Mapping[str, QuantScheme]) -> Iterator[str]:
+        yield "MLX computes with a bias per group, -scale * zero rounded to 16 bits"
+
+
+def _entry(scheme: QuantScheme) -> dict[str, Any]:
+    return {"group_size": scheme.group_size, "bits": scheme.bits}
