@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lwquant.errors import LwquantError
 from lwquant.export.dialects import DIALECTS, Dialect
-from lwquant.export.folder import check_output, new_folder, write_manifest
+from lwquant.export.folder import new_folder, write_manifest
 from lwquant.export.public import manifest
 from lwquant.export.record import EVALUATION_FILE, RUN_FILE, read_evaluation, read_run
 from lwquant.export.save import MAX_SHARD_BYTES
@@ -53,17 +53,18 @@ def convert(
         to: "mlx", "gptq" or "compressed-tensors".
         overwrite: replace an earlier result of lwquant at `output`.
 
-    Raises LwquantError for another format and for linears that the format does not have, naming the
-    first; OutputError where `folder` is not a complete result in lwquant's own format, or `output`
-    cannot be made. Nothing is written then.
+    Raises LwquantError for another format, for linears that the format does not have, naming the
+    first, and where none is quantized; OutputError where `folder` is not a complete result in
+    lwquant's own format, or `output` cannot be made. Nothing is written then.
     """
     if to not in DIALECTS:
         raise LwquantError(f"there is no format {to!r}: {', '.join(sorted(DIALECTS))}")
     dialect, model = DIALECTS[to], StoredModel(Path(folder))
-    check_output(output, overwrite)
     tables = _kept_tables(model, dialect)
     schemes = {**model.linears, **tables}
     packed = [name for name, scheme in schemes.items() if not scheme.is_float]
+    if all(scheme.is_float for scheme in model.linears.values()):
+        raise LwquantError(f"{folder}: every linear was left at 16 bits, so nothing is to convert")
     _refuse(model, dialect, packed, to)
     notes = [*dialect.notes(schemes)]
     if model.tables and not tables:
@@ -85,7 +86,7 @@ def convert(
         floats = [name for name, scheme in model.linears.items() if scheme.is_float]
         n_bits += FLOAT_BITS * sum(map(model.n_weights, floats))
         bpw = n_bits / sum(map(model.n_weights, model.linears))
-        config = {**model.config, **dialect.config(schemes, model.head)}
+        config = {**model.config, **dialect.config(model.config, schemes, model.head)}
         (made / CONFIG).write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )

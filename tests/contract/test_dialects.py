@@ -36,7 +36,11 @@ def stored_linear(scheme):
     scales = (torch.rand(SHAPE[0], n_groups, generator=generator) + 0.01).half()
     stored = zeros if scheme.fine_zeros else ops.pack(zeros, scheme.bits)
     packed = ops.pack(codes, scheme.bits)
-    return StoredLinear(scheme, *SHAPE, packed, scales, None if scheme.symmetric else stored), codes
+    linear = StoredLinear(scheme, *SHAPE, packed, scales, None if scheme.symmetric else stored)
+    points = zeros.T.double() * (2.0 ** (scheme.bits - 8) if scheme.fine_zeros else 1)
+    if scheme.symmetric:
+        points = torch.full_like(points, 2 ** (scheme.bits - 1))
+    return linear, codes, points
 
 
 def numbers(words, bits, n):
@@ -122,15 +126,14 @@ def test_what_is_stored_is_the_weight(to, scheme, dtype):
         assert len(why) > 10
         return
     entry_of, weight_of = READERS[to]
-    linear, codes = stored_linear(scheme)
+    linear, codes, zeros = stored_linear(scheme)
     stored = dict(dialect.tensors(name, linear, dtype))
     assert all(tensor.is_contiguous() for tensor in stored.values())
-    entry = entry_of(dialect.config({name: scheme}, "lm_head"), name)
+    entry = entry_of(dialect.config({}, {name: scheme}, "lm_head"), name)
     tensors = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items()}
     group = torch.arange(SHAPE[1]) // scheme.group_size
     in_file = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
     scales = linear.scales.to(in_file).double()
-    zeros = linear.zero_points().double()
     expected = (codes - zeros[:, group]) * scales[:, group]
     # Only MLX rounds once more: its product of scale and zero.
     unit = torch.finfo(in_file).eps / 2 if to == "mlx" else 0.0
@@ -166,7 +169,7 @@ def test_the_config_names_every_linear_by_the_engines_own_rules(to):
         for i in (0, 1, 11)
         for role, bits in widths.items()
     }
-    config = DIALECTS[to].config(schemes, "lm_head")
+    config = DIALECTS[to].config({}, schemes, "lm_head")
     for name, scheme in schemes.items():
         entry = READERS[to][0](config, name)
         if scheme.is_float:
@@ -182,7 +185,7 @@ def test_gptq_has_the_rules_of_fused_matrices_that_vllm_asks_for():
         for i in (0, 1, 2)
         for role in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj")
     }
-    config = DIALECTS["gptq"].config(schemes, "lm_head")
+    config = DIALECTS["gptq"].config({}, schemes, "lm_head")
     assert config["quantization_config"]["bits"] == 8
     for fused in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
         assert gptq_entry(config, f"model.layers.0.{fused}")["bits"] == 4

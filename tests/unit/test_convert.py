@@ -23,6 +23,7 @@ SMALL = lwquant.Recipe(
     n_samples=4, seq_len=64, held_out=1, sensitivity_samples=2, group_size=32, sources=("builtin",)
 )
 # What all dialects have.
+FLOAT = "model.layers.1.mlp.down_proj"
 COMMON = replace(SMALL, bits=(2, 3, 4, 8, 16), fine_zeros=())
 
 
@@ -37,7 +38,8 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(llama, tmp_path_factory):
-    return quantized(llama, tmp_path_factory.mktemp("made") / "out", COMMON)
+    recipe = replace(COMMON, pins={FLOAT: 16})
+    return quantized(llama, tmp_path_factory.mktemp("made") / "out", recipe, 6.0)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +56,13 @@ def test_a_folder_is_complete_and_says_what_it_takes(made, tmp_path, to):
     assert done.path == tmp_path / "out"
     config = json.loads((done.path / "config.json").read_text())
     own = json.loads((made / "config.json").read_text())
-    assert {k: v for k, v in config.items() if not k.startswith("quantization")} == {
-        k: v for k, v in own.items() if k != "quantization_config"
-    }
+    for key in own.keys() - {"quantization_config"}:
+        assert config[key] == own[key]
+    if to == "mlx":  # which looks for it there
+        assert config["rope_theta"] == own["rope_parameters"]["rope_theta"]
     tensors = load_file(done.path / "model.safetensors")
     before = load_file(made / "model.safetensors")
-    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+    for name in ("model.norm.weight", "model.embed_tokens.weight", f"{FLOAT}.weight"):
         assert torch.equal(tensors[name], before[name])
     linears = own["quantization_config"]["linears"]
     model = AutoModelForCausalLM.from_pretrained(made)
@@ -70,7 +73,8 @@ def test_a_folder_is_complete_and_says_what_it_takes(made, tmp_path, to):
     assert done.size_bytes == (done.path / "model.safetensors").stat().st_size
     record, evaluation = read_run(done.path), read_evaluation(done.path)
     assert (record.format, record.bpw, record.size_bytes) == (to, done.bpw, done.size_bytes)
-    assert evaluation.bpw == done.bpw and evaluation.perplexity == read_evaluation(made).perplexity
+    assert (evaluation.bpw, evaluation.size_bytes) == (done.bpw, done.size_bytes)
+    assert evaluation.perplexity == read_evaluation(made).perplexity
     assert any(to in note and "before" in note for note in record.notes)
     assert set(done.notes) <= set(record.notes)
     for name in ("tokenizer.json", "plan.json", "sensitivity.json"):
@@ -109,6 +113,7 @@ def test_rounded_tables_stay_rounded_where_the_format_can_say_it(rounded, tmp_pa
         assert read_run(done.path).embedding_bits == 6
         assert config["quantization"]["model.embed_tokens"] == {"group_size": 64, "bits": 6}
         assert table.shape[1] == own.embedding_dim * 6 // 32
+        assert done.bpw < 6  # of the linears: the table's bits would be a fifth more
         assert not any("embedding" in note for note in done.notes)
     else:
         assert read_run(done.path).embedding_bits is None
@@ -130,7 +135,7 @@ def test_the_card_says_how_the_engine_loads_it(made, tmp_path):
         folder = lwquant.convert(made, tmp_path / to, to=to).path
         card = model_card(read_run(folder), None, {}, repo_id="ann/tiny")
         assert words in card and '("ann/tiny")' in card and "import lwquant" not in card
-        assert f'"{to}"]' in card
+        assert f'"mixed-precision", "{to}"]' in card
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -178,6 +183,11 @@ def test_what_the_format_does_not_have_is_refused_by_name(llama, made, tmp_path)
     refused(folder, output, "gptq", r"gptq cannot store model.* as 5b-g32-s8: .* 8 bits, not 5")
     refused(folder, output, "compressed-tensors", r"as 2b-g32-s8-z8: zero-points .* more; .*recipe")
     refused(made, output, "awq", r"no format 'awq': compressed-tensors, gptq, mlx")
+
+
+def test_a_folder_without_quantized_linears_is_refused(llama, tmp_path):
+    folder = quantized(llama, tmp_path / "own", replace(SMALL, bits=(16,)), 16)
+    refused(folder, tmp_path / "out", "mlx", "own: every linear was left at 16 bits")
 
 
 def test_transposed_weights_are_refused(tmp_path):

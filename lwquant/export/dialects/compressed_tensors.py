@@ -46,7 +46,9 @@ class CompressedTensors:
         if not linear.scheme.symmetric:
             yield f"{name}.weight_zero_point", linear.packed_zeros().T.contiguous()
 
-    def config(self, schemes: Mapping[str, QuantScheme], head: str) -> dict[str, Any]:
+    def config(
+        self, model: Mapping[str, Any], schemes: Mapping[str, QuantScheme], head: str
+    ) -> dict[str, Any]:
         floats = [name for name, scheme in schemes.items() if scheme.is_float]
         members: dict[QuantScheme, list[str]] = {}
         for name, scheme in schemes.items():

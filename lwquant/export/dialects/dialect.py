@@ -82,8 +82,10 @@ class Dialect(Protocol):
         """
         ...
 
-    def config(self, schemes: Mapping[str, QuantScheme], head: str) -> dict[str, Any]:
-        """What is added to config.json.
+    def config(
+        self, model: Mapping[str, Any], schemes: Mapping[str, QuantScheme], head: str
+    ) -> dict[str, Any]:
+        """What is added to config.json, of which `model` is the rest.
 
         `schemes` are those of all linears, of 16 bits too, and of a rounded embedding and head;
         `head` is the module path of the output layer.

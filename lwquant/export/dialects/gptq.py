@@ -51,7 +51,9 @@ class Gptq:
         yield f"{name}.scales", linear.scales.T.contiguous().to(in_16_bits(dtype))
         yield f"{name}.g_idx", group_of // linear.scheme.group_size
 
-    def config(self, schemes: Mapping[str, QuantScheme], head: str) -> dict[str, Any]:
+    def config(
+        self, model: Mapping[str, Any], schemes: Mapping[str, QuantScheme], head: str
+    ) -> dict[str, Any]:
         usual = commonest(schemes.values())
         return {
             "quantization_config": {
