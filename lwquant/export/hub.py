@@ -156,9 +156,9 @@ def _check_config(folder: Path, files: Files, format: str) -> None:
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     method = QUANT_METHOD if format == QUANT_METHOD else DIALECTS[format].quant_method
     if not isinstance(quantization, dict) or quantization.get("quant_method") != method:
+        named = f" with quant_method {method!r}" if method else ""
         raise OutputError(
-            f"{path}: has no quantization_config with quant_method {method!r}, so nobody "
-            "could load these weights"
+            f"{path}: has no quantization_config{named}, so nobody could load these weights"
         )
 
 
