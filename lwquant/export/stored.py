@@ -46,7 +46,8 @@ class StoredModel:
         self.linears: Mapping[str, QuantScheme] = parsed.schemes
         self.tables: Mapping[str, QuantScheme] = parsed.embeddings
         named = str(self.config.get("dtype") or self.config.get("torch_dtype"))
-        self.dtype: torch.dtype = getattr(torch, named, torch.float32)
+        found = getattr(torch, named, None)
+        self.dtype = found if isinstance(found, torch.dtype) else torch.float32
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(causal_config(self.config))
         last = self._model.get_output_embeddings()
