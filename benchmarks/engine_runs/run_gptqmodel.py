@@ -4,14 +4,7 @@ import sys
 
 import torch
 from gptqmodel import BACKEND, GPTQModel
-from shared import compare
+from shared import compare_torch
 
 loaded = GPTQModel.load(sys.argv[1], device="cpu", backend=BACKEND.TORCH, dtype=torch.bfloat16)
-
-
-@torch.no_grad()
-def logits_of(ids):
-    return loaded.model(torch.from_numpy(ids)).logits[0].float().numpy()
-
-
-compare(logits_of)
+compare_torch(loaded.model)

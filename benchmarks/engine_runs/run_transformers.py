@@ -2,16 +2,7 @@
 
 import sys
 
-import torch
-from shared import compare
+from shared import compare_torch
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-
-
-@torch.no_grad()
-def logits_of(ids):
-    return model(torch.from_numpy(ids)).logits[0].float().numpy()
-
-
-compare(logits_of)
+compare_torch(AutoModelForCausalLM.from_pretrained(sys.argv[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,17 @@ def compare(logits_of: Callable[[np.ndarray], np.ndarray]) -> None:
         divergences.append((np.exp(own) * (own - other)).sum(-1).mean())
         losses.append(-other[np.arange(len(ids) - 1), ids[1:]].mean())
     print(json.dumps({"kl": np.mean(divergences), "perplexity": np.exp(np.mean(losses))}))
+
+
+def compare_torch(model: Any) -> None:
+    """compare() of a causal model of transformers."""
+    import torch  # which not every engine has
+
+    def logits_of(ids: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.from_numpy(ids)).logits[0].float().numpy()
+
+    compare(logits_of)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -14,19 +14,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lwquant.errors import OutputError
-from lwquant.export.dialects import DIALECTS
-from lwquant.export.format import QUANT_METHOD
+from lwquant.export.loaders import Loader, loader_of
 from lwquant.export.public import is_hub_id, mask, mask_path
 from lwquant.export.record import EvaluationRecord, LinearRecord, RunRecord
 from lwquant.scheme import FLOAT_BITS
 
+CARD = "README.md"
 LICENSE_KEYS = ("license", "license_name", "license_link")
 MEGABYTE = 10**6
-OWN_USAGE = """import lwquant  # lets transformers read the packed weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 BAR_WIDTH = 40  # characters of the longest bar of the histogram
 
 
@@ -50,15 +45,14 @@ def model_card(
     """
     if not record.linears:
         raise OutputError("the run record names no linear, so there is nothing to put on a card")
-    if record.format not in (QUANT_METHOD, *DIALECTS):
-        raise OutputError(f"the run record says format {record.format!r}, which is not known")
+    loader = loader_of(record.format)
     sections = [
-        _front_matter(record, license or {}),
+        _front_matter(record, license or {}, loader),
         f"# {repo_id.rsplit('/', 1)[-1]}",
         _introduction(record),
         "## Original and quantized\n\n" + _comparison(record, evaluation),
         "## Where the bits are\n\n" + _roles(record.linears) + "\n\n" + _histogram(record.linears),
-        "## Use\n\n" + _usage(repo_id, record.format),
+        "## Use\n\n" + _usage(repo_id, loader),
         "## How it was made\n\n" + _making(record),
         "## Files\n\n" + _table(("file", "bytes"), ((f"`{n}`", f"{files[n]:,}") for n in files)),
     ]
@@ -79,18 +73,16 @@ def license_of(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: metadata[key] for key in LICENSE_KEYS if metadata.get(key)}
 
 
-def _front_matter(record: RunRecord, license: Mapping[str, Any]) -> str:
+def _front_matter(record: RunRecord, license: Mapping[str, Any], loader: Loader) -> str:
     entries: dict[str, Any] = {}
     if is_hub_id(record.base_model):
         entries["base_model"] = record.base_model
         entries["base_model_relation"] = "quantized"
-    own = record.format == QUANT_METHOD
-    entries["library_name"] = "transformers" if own else DIALECTS[record.format].library
+    entries["library_name"] = loader.library
     entries["pipeline_tag"] = "text-generation"
     entries.update(license)
-    entries["tags"] = ["lwquant", "quantized", "mixed-precision"]
-    if not own:
-        entries["tags"].append(record.format)
+    tags = ["lwquant", "quantized", "mixed-precision", record.format]
+    entries["tags"] = list(dict.fromkeys(tags))
     # JSON values are YAML values, and quoted ones need no further care.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
     return "\n".join(["---", *lines, "---"])
@@ -179,14 +171,11 @@ def _histogram(linears: Mapping[str, LinearRecord]) -> str:
     return _fenced("\n".join(lines))
 
 
-def _usage(repo_id: str, format: str) -> str:
-    install, usage = "lwquant", OWN_USAGE
-    if format != QUANT_METHOD:
-        install, usage = DIALECTS[format].install, DIALECTS[format].usage
+def _usage(repo_id: str, loader: Loader) -> str:
     return "\n\n".join(
         [
-            _fenced(f"pip install {install}", "sh"),
-            _fenced(usage.format(name=repo_id), "python"),
+            _fenced(f"pip install {loader.install}", "sh"),
+            _fenced(loader.usage.format(name=repo_id), "python"),
         ]
     )
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lwquant.errors import LwquantError
+from lwquant.export.card import CARD
 from lwquant.export.dialects import DIALECTS, Dialect
 from lwquant.export.folder import new_folder, write_manifest
 from lwquant.export.public import manifest
 from lwquant.export.record import EVALUATION_FILE, RUN_FILE, read_evaluation, read_run
-from lwquant.export.save import MAX_SHARD_BYTES
+from lwquant.export.save import MAX_SHARD_BYTES, write_config
 from lwquant.export.shards import ShardWriter
 from lwquant.export.stored import StoredModel
 from lwquant.model.model_folder import CONFIG, member
@@ -21,7 +21,7 @@ from lwquant.progress import Progress, silent
 from lwquant.scheme import FLOAT_BITS, QuantScheme
 
 STAGE = "convert"
-MADE_ANEW = (CONFIG, RUN_FILE, EVALUATION_FILE, "README.md")
+MADE_ANEW = (CONFIG, RUN_FILE, EVALUATION_FILE, CARD)
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
@@ -86,10 +86,8 @@ def convert(
         floats = [name for name, scheme in model.linears.items() if scheme.is_float]
         n_bits += FLOAT_BITS * sum(map(model.n_weights, floats))
         bpw = n_bits / sum(map(model.n_weights, model.linears))
-        config = {**model.config, **dialect.config(model.config, schemes, model.head)}
-        (made / CONFIG).write_text(
-            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        added = dialect.config(model.config, schemes, model.head)
+        write_config(made, {**model.config, **added})
         _copy_others(model.folder, made)
         _write_records(model.folder, made, to, bpw, size_bytes, notes, bool(tables))
         write_manifest(made)

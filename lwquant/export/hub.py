@@ -27,16 +27,14 @@ from huggingface_hub.utils import (
 )
 
 from lwquant.errors import OutputError
-from lwquant.export.card import license_of, model_card
-from lwquant.export.dialects import DIALECTS
+from lwquant.export.card import CARD, license_of, model_card
 from lwquant.export.folder import MANIFEST, verify
-from lwquant.export.format import QUANT_METHOD
+from lwquant.export.loaders import loader_of
 from lwquant.export.public import is_hub_id, public_files, public_manifest
 from lwquant.export.record import EVALUATION_FILE, read_evaluation, read_run
 from lwquant.model.model_folder import read_json
 from lwquant.progress import Progress, silent
 
-CARD = "README.md"
 STAGE = "push"
 
 # What from_pretrained could load in place of our files, were it left beside them.
@@ -114,7 +112,7 @@ def published(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     files = public_files(folder)
     if evaluation is not None and EVALUATION_FILE not in files:
         raise OutputError(f"{folder / EVALUATION_FILE}: is not in {MANIFEST}")
-    _check_config(folder, files, record.format)
+    _check_config(folder, files, loader_of(record.format).quant_method)
     files.pop(CARD, None)  # of an earlier push; it is made anew
     sizes = {name: _n_bytes(content) for name, content in files.items()}
     card = model_card(
@@ -144,7 +142,7 @@ def _token(token: str | None) -> str:
     return token
 
 
-def _check_config(folder: Path, files: Files, format: str) -> None:
+def _check_config(folder: Path, files: Files, method: str | None) -> None:
     path = folder / "config.json"
     content = files.get("config.json")
     if not isinstance(content, bytes):
@@ -154,7 +152,6 @@ def _check_config(folder: Path, files: Files, format: str) -> None:
     except ValueError as error:
         raise OutputError(f"{path}: is not JSON: {error}") from error
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    method = QUANT_METHOD if format == QUANT_METHOD else DIALECTS[format].quant_method
     if not isinstance(quantization, dict) or quantization.get("quant_method") != method:
         named = f" with quant_method {method!r}" if method else ""
         raise OutputError(

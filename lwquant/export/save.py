@@ -15,7 +15,7 @@ from lwquant.errors import OutputError
 from lwquant.export.format import quantization_config, tensors_of
 from lwquant.export.shards import ShardWriter
 from lwquant.model.checkpoint import WeightSource
-from lwquant.model.model_folder import member
+from lwquant.model.model_folder import CONFIG, member
 from lwquant.nn.replace import find_linear
 from lwquant.rounded_embeddings import RoundedEmbeddings
 from lwquant.scheme import FLOAT_BITS, QuantScheme
@@ -155,8 +155,12 @@ class ModelWriter:
         config["quantization_config"] = quantization_config(
             schemes, bpw, narrow, narrower, embeddings
         )
-        path = self._folder / "config.json"
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_config(self._folder, config)
+
+
+def write_config(folder: Path, config: Mapping[str, object]) -> None:
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def copy_extra_files(source: Path, folder: Path) -> None:

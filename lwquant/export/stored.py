@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -17,9 +16,10 @@ from lwquant.errors import OutputError
 from lwquant.export.dialects import StoredLinear
 from lwquant.export.folder import verify
 from lwquant.export.format import QUANT_METHOD, layout_of, parse_quantization_config
+from lwquant.model.checkpoint import Checkpoint
 from lwquant.model.decoder import causal_config
 from lwquant.model.model_folder import CONFIG, read_json
-from lwquant.model.safetensors_header import read_header
+from lwquant.model.structure import features_of
 from lwquant.ops.scale_bytes import decode_scales
 from lwquant.scheme import QuantScheme
 
@@ -52,9 +52,7 @@ class StoredModel:
             self._model: Any = AutoModelForCausalLM.from_config(causal_config(self.config))
         last = self._model.get_output_embeddings()
         self.head = next(name for name, module in self._model.named_modules() if module is last)
-        self._files = {
-            key: path for path in folder.glob("*.safetensors") for key in read_header(path).tensors
-        }
+        self._weights = Checkpoint.packed(folder, self.config)
 
     def scheme(self, name: str) -> QuantScheme:
         return self.linears[name] if name in self.linears else self.tables[name]
@@ -62,11 +60,9 @@ class StoredModel:
     def features(self, name: str) -> tuple[int, int]:
         """(out_features, in_features) of a linear; rows and columns of a table."""
         module = self._model.get_submodule(name)
-        if isinstance(module, Conv1D):
-            return module.nf, module.nx
-        assert isinstance(module, nn.Linear | nn.Embedding)
-        out_features, in_features = module.weight.shape
-        return out_features, in_features
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings, module.embedding_dim
+        return features_of(module)
 
     def n_weights(self, name: str) -> int:
         out_features, in_features = self.features(name)
@@ -79,13 +75,13 @@ class StoredModel:
     def read(self, name: str) -> StoredLinear:
         """A linear, or a table, that is stored in few bits."""
         scheme = self.scheme(name)
-        scales = self._tensor(f"{name}.scales")
+        scales = self._weights.read(f"{name}.scales")
         return StoredLinear(
             scheme,
             *self.features(name),
-            self._tensor(f"{name}.qweight"),
+            self._weights.read(f"{name}.qweight"),
             decode_scales(scales) if scheme.scale_bits == 8 else scales,
-            None if scheme.symmetric else self._tensor(f"{name}.zeros"),
+            None if scheme.symmetric else self._weights.read(f"{name}.zeros"),
         )
 
     def unpacked(self, table: str) -> Tensor:
@@ -104,19 +100,10 @@ class StoredModel:
 
     def others(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that read() does not give, by its name: norms, biases, plain weights."""
-        taken = self._taken({**self.linears, **self.tables})
-        yield from ((key, self._tensor(key)) for key in self._files if key not in taken)
-
-    def _taken(self, schemes: Mapping[str, QuantScheme]) -> Collection[str]:
-        return {
+        taken = {
             key
-            for name, scheme in schemes.items()
+            for name, scheme in {**self.linears, **self.tables}.items()
             for key in layout_of(name, *self.features(name), scheme)
         }
-
-    def _tensor(self, key: str) -> Tensor:
-        if key not in self._files:
-            raise OutputError(f"{self.folder}: holds no tensor {key!r}")
-        with safe_open(self._files[key], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-        return tensor
+        names = self._weights.names()
+        yield from ((key, self._weights.read(key)) for key in names if key not in taken)

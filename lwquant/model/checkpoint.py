@@ -145,6 +145,17 @@ class Checkpoint:
         file_of = _read_shards(path)
         if config.pop("quantization_config", None) is not None:
             _refuse_packed_blocks(path, file_of)
+        return cls._of(path, config, file_of)
+
+    @classmethod
+    def packed(cls, path: Path, config: dict[str, object]) -> Checkpoint:
+        """A folder whose weights are quantized, for those who know how; `config` without how."""
+        return cls._of(path, config, _read_shards(path))
+
+    @classmethod
+    def _of(
+        cls, path: Path, config: dict[str, object], file_of: Mapping[str, Header]
+    ) -> Checkpoint:
         files = {header.path: header for header in file_of.values()}
         return cls(path, config, tuple(files.values()), file_of)
 

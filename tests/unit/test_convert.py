@@ -1,6 +1,7 @@
 """Whole folders in the format of another engine, and the one engine that runs here in tests."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -204,19 +205,15 @@ def test_only_a_complete_folder_of_ours_is_taken(made, llama, tmp_path):
     with pytest.raises(OutputError, match="exists and is not empty"):
         lwquant.convert(made, once, to="mlx")
     assert lwquant.convert(made, once, to="gptq", overwrite=True).path == once
-    (made_copy := tmp_path / "copy").mkdir()
-    for file in made.iterdir():
-        (made_copy / file.name).write_bytes(file.read_bytes())
+    made_copy = shutil.copytree(made, tmp_path / "copy")
     weights = made_copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     refused(made_copy, output, "mlx", "model.safetensors", OutputError)
 
 
 def test_without_an_evaluation_none_is_made_up(made, tmp_path):
-    (copy := tmp_path / "copy").mkdir()
-    for file in made.iterdir():
-        if file.name != EVALUATION_FILE:
-            (copy / file.name).write_bytes(file.read_bytes())
+    copy = shutil.copytree(made, tmp_path / "copy")
+    (copy / EVALUATION_FILE).unlink()
     write_manifest(copy)
     done = lwquant.convert(copy, tmp_path / "out", to="mlx")
     assert read_evaluation(done.path) is None

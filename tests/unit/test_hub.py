@@ -190,6 +190,11 @@ def change_the_method(folder: Path) -> None:
     write_manifest(folder)
 
 
+def name_an_unknown_format(folder: Path) -> None:
+    (folder / "lwquant.json").write_text(replace(RECORD, format="awq").to_json())
+    write_manifest(folder)
+
+
 def lose_the_record(folder: Path) -> None:
     (folder / "lwquant.json").unlink()
     write_manifest(folder)
@@ -204,6 +209,7 @@ def lose_the_record(folder: Path) -> None:
         (lambda folder: (folder / "key.pem").touch(), "key.pem: is not in"),
         (lose_the_quantization, "config.json: has no quantization_config"),
         (change_the_method, "quant_method 'lwquant'"),
+        (name_an_unknown_format, "format 'awq', which is not known"),
         (lose_the_record, "lwquant.json: cannot be read"),
     ],
 )

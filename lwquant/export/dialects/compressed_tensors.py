@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lwquant.allocators.problem import fused_groups
 from lwquant.export.dialects.dialect import (
+    Loader,
     StoredLinear,
     in_16_bits,
     why_not_plain,
@@ -25,14 +26,16 @@ FORMAT = "pack-quantized"
 
 
 class CompressedTensors:
-    quant_method = "compressed-tensors"
-    rounded_embeddings = False
-    library = "transformers"
-    install = "transformers 'compressed-tensors>=0.18'"
-    usage = (
-        "from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("{name}")'
+    loader = Loader(
+        quant_method="compressed-tensors",
+        library="transformers",
+        install="transformers 'compressed-tensors>=0.18'",
+        usage=(
+            "from transformers import AutoModelForCausalLM\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("{name}")'
+        ),
     )
+    rounded_embeddings = False
 
     def why_not(self, scheme: QuantScheme, out_features: int, in_features: int) -> str | None:
         return why_not_plain(scheme, in_features) or why_not_whole(scheme)
@@ -56,7 +59,7 @@ class CompressedTensors:
                 members.setdefault(scheme, []).append(name)
         return {
             "quantization_config": {
-                "quant_method": self.quant_method,
+                "quant_method": self.loader.quant_method,
                 "format": FORMAT,
                 "quantization_status": "compressed",
                 "ignore": [head, *floats],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lwquant import ops
-from lwquant.scheme import WHOLE_ROW, QuantScheme
+from lwquant.scheme import WHOLE_ROW, WIDTHS, QuantScheme
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,25 @@ class StoredLinear:
         return ops.pack(zeros, self.scheme.bits)
 
 
+@dataclass(frozen=True)
+class Loader:
+    """What loads a format."""
+
+    quant_method: str | None  # in the quantization_config of config.json
+    library: str  # that the Hub is told
+    install: str  # with pip
+    usage: str  # Python that loads the folder or repository {name}
+
+
 class Dialect(Protocol):
     """One format. It stores what lwquant did exactly, or says why it cannot."""
 
     @property
-    def quant_method(self) -> str | None:
-        """In the quantization_config of config.json."""
-        ...
+    def loader(self) -> Loader: ...
 
     @property
     def rounded_embeddings(self) -> bool:
         """Whether embedding and head may be stored in few bits, too."""
-        ...
-
-    @property
-    def library(self) -> str:
-        """What the Hub is told that loads it."""
-        ...
-
-    @property
-    def install(self) -> str:
-        """What pip is to install."""
-        ...
-
-    @property
-    def usage(self) -> str:
-        """Python that loads the folder or repository {name}."""
         ...
 
     def why_not(self, scheme: QuantScheme, out_features: int, in_features: int) -> str | None:
@@ -97,8 +90,12 @@ class Dialect(Protocol):
         ...
 
 
-def why_not_plain(scheme: QuantScheme, in_features: int) -> str | None:
-    """What no other format has."""
+def why_not_plain(
+    scheme: QuantScheme, in_features: int, widths: tuple[int, ...] = WIDTHS
+) -> str | None:
+    """What no other format has, and what one with these widths has not."""
+    if scheme.bits not in widths:
+        return f"there are {', '.join(map(str, widths))} bits, not {scheme.bits}"
     if scheme.codebook:
         return f"the codes stand for values of {scheme.codebook}"
     if scheme.outliers:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lwquant.export.dialects.dialect import (
+    Loader,
     StoredLinear,
     commonest,
     in_16_bits,
@@ -29,18 +30,18 @@ FUSED = {"q_proj": "(q|qkv)_proj", "gate_proj": "(gate|gate_up)_proj"}
 
 
 class Gptq:
-    quant_method = "gptq"
+    loader = Loader(
+        quant_method="gptq",
+        library="transformers",
+        install="gptqmodel",
+        usage='from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{name}")',
+    )
     rounded_embeddings = False
-    library = "transformers"
-    install = "gptqmodel"
-    usage = 'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{name}")'
 
     def why_not(self, scheme: QuantScheme, out_features: int, in_features: int) -> str | None:
-        if scheme.bits not in WIDTHS:
-            return f"there are {', '.join(map(str, WIDTHS))} bits, not {scheme.bits}"
         if in_features % WORD_BITS or out_features % WORD_BITS:
             return f"{out_features} x {in_features} are no multiples of {WORD_BITS}"
-        return why_not_plain(scheme, in_features) or why_not_whole(scheme)
+        return why_not_plain(scheme, in_features, WIDTHS) or why_not_whole(scheme)
 
     def tensors(
         self, name: str, linear: StoredLinear, dtype: torch.dtype
@@ -57,7 +58,7 @@ class Gptq:
         usual = commonest(schemes.values())
         return {
             "quantization_config": {
-                "quant_method": self.quant_method,
+                "quant_method": self.loader.quant_method,
                 "checkpoint_format": "gptq_v2",
                 "desc_act": False,
                 "lm_head": False,

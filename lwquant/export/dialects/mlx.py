@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwquant.export.dialects.dialect import StoredLinear, commonest, in_16_bits, why_not_plain
+from lwquant.export.dialects.dialect import (
+    Loader,
+    StoredLinear,
+    commonest,
+    in_16_bits,
+    why_not_plain,
+)
 from lwquant.scheme import QuantScheme
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -20,18 +26,18 @@ GROUP_SIZES = (32, 64, 128)
 
 
 class Mlx:
-    quant_method = None  # mlx-lm asks for none
+    loader = Loader(
+        quant_method=None,  # mlx-lm asks for none
+        library="mlx",
+        install="mlx-lm",
+        usage='from mlx_lm import load\n\nmodel, tokenizer = load("{name}")',
+    )
     rounded_embeddings = True
-    library = "mlx"
-    install = "mlx-lm"
-    usage = 'from mlx_lm import load\n\nmodel, tokenizer = load("{name}")'
 
     def why_not(self, scheme: QuantScheme, out_features: int, in_features: int) -> str | None:
-        if scheme.bits not in WIDTHS:
-            return f"there are {', '.join(map(str, WIDTHS))} bits, not {scheme.bits}"
         if scheme.group_size not in GROUP_SIZES:
             return f"groups have {', '.join(map(str, GROUP_SIZES))} inputs"
-        return why_not_plain(scheme, in_features)
+        return why_not_plain(scheme, in_features, WIDTHS)
 
     def tensors(
         self, name: str, linear: StoredLinear, dtype: torch.dtype
